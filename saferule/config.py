@@ -1,0 +1,265 @@
+"""Every hyper-parameter of the project, in one place.
+
+A frozen dataclass per method holds the defaults; profiles and tasks are small diffs on top of them; `resolve` applies the
+diffs and returns the plain dictionary that is saved with every artefact. An unknown key raises.
+"""
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from .errors import UserError
+
+# --------------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: str = "local"              # local: collected in the simulator | dsrl: downloaded | a path to an HDF5 file
+    episodes: int = 600                # local only
+    donors: int = 100                  # held-out risky episodes that an injecting attacker brings along (local only)
+    seed: int = 0
+    cost_limit: float = 20.0           # per episode
+
+
+# ------------------------------------------------------------------------------------------------------------ attacks
+
+
+@dataclass(frozen=True)
+class InjectConfig:
+    """Trajectory injection: risky episodes that pretend to be safe and better (algorithms.md C.5)."""
+    budget: float = 0.10               # injected episodes / all episodes afterwards
+    bonus: float = 0.5                 # added to every injected reward, in units of its 98% quantile
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LabelFlipConfig:
+    """The costs of the best risky episodes are set to zero (algorithms.md C.3)."""
+    budget: float = 0.10               # relabelled episodes / all episodes
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class GivenConfig:
+    """Nothing is poisoned: the data already are, and a file names the rows to forget."""
+    forget_file: str = ""              # CSV with columns row, weight (weight optional)
+    seed: int = 0
+
+
+# ----------------------------------------------------------------------------------------------------------- learners
+
+
+@dataclass(frozen=True)
+class BCQLagConfig:
+    mode: str = "default"              # default: corrected | parity: as OSRL does it
+    steps: int = 4000
+    vae_steps: int = 1000              # the first steps fit the VAE alone
+    batch: int = 128
+    hidden: tuple[int, ...] = (64, 64)
+    vae_hidden: int = 64
+    lr: float = 1e-3
+    gamma: float = 0.97
+    tau: float = 0.02
+    phi: float = 0.05                  # the actor moves a decoded action by at most phi
+    beta: float = 0.05                 # weight of the VAE's KL term
+    latent_clip: float = 1.0
+    samples: int = 4                   # candidate actions in a target
+    act_samples: int = 10              # candidate actions when acting
+    heads: int = 2                     # of each critic
+    lr_lam: float = 2e-3               # multiplier: projected dual ascent ...
+    lam_max: float = 1.5               # ... with a cap
+    lmbda: float = 0.75                # parity: weight of the smaller head group in a target
+    pid: tuple[float, float, float] = (0.1, 0.003, 0.001)      # parity: KP, KI, KD
+    standardise: bool = True           # observations by mean and std, rewards by their 98% quantile
+    reward_scale: float = 1.0          # used when standardise is off
+
+
+# ---------------------------------------------------------------------------------------------------------- unlearners
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Ordinary training on the retain rows (algorithms.md D.2)."""
+    steps: int = 400
+
+
+@dataclass(frozen=True)
+class GradientAscentConfig:
+    """Bellman error up on forget rows, down on retain rows; then ordinary training (algorithms.md D.3)."""
+    steps: int = 400
+    ascent_steps: int = 200
+    beta: float = 1.0                  # weight of the ascent
+
+
+@dataclass(frozen=True)
+class SafeRULEConfig:
+    """Joint softplus suppression, annealed, then relearning (algorithms.md D.7, feasibility.md's recipe)."""
+    steps: int = 400
+    suppress_steps: int = 300          # the weight falls linearly to zero over these; relearning follows
+    weight: float = 1.5                # of the suppression at step 0, with the gate
+    weight_ungated: float = 0.5        # the same where no gate can be had
+    alpha: float = 1.0                 # reward-critic share of the weight
+    beta: float = 1.0                  # cost-critic share of the weight
+    cost_sign: int = 1                 # +1: forget costs are pushed up; -1: down, the literal 'value suppression'; 0: left alone
+    margin: float = 1.0                # both margins, in scaled reward / cost units
+    cost_floor: float = 2.0            # the cost margin is at least this many discounted limits
+    gate: str = "auto"                 # auto: where cost labels are forged | on | off
+    gate_steps: int = 150
+    n_step: int = 10                   # horizon of the long targets ...
+    n_step_mix: float = 0.5            # ... and their share while suppressing
+    tau: float = 0.05                  # Polyak rate during the budget
+    freeze_lam: bool = True            # the multiplier stays as the checkpoint has it during the budget
+
+
+# ------------------------------------------------------------------------------------------------- evaluation, verdicts
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Rollouts, for reporting only: nothing is selected with them."""
+    episodes: int = 10                 # of every final policy
+    curve_episodes: int = 3            # of every snapshot along unlearning
+    seed: int = 1000
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """The rules by which a claim is called supported; fixed before any run."""
+    clean_return: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"BallCircle": 550.0})
+    share_of_retrained_return: float = 0.80
+    share_of_training_steps: float = 0.10
+
+
+CONFIGS: dict[str, type] = {
+    "data": DataConfig, "evaluate": EvaluateConfig, "thresholds": Thresholds,
+    "inject": InjectConfig, "label_flip": LabelFlipConfig, "given": GivenConfig,
+    "bcq_lag": BCQLagConfig,
+    "finetune": FinetuneConfig, "gradient_ascent": GradientAscentConfig, "saferule": SafeRULEConfig,
+}
+ATTACK_NAMES = ("inject", "label_flip", "given")
+LEARNER_NAMES = ("bcq_lag",)
+UNLEARNER_NAMES = ("finetune", "gradient_ascent", "saferule")        # 'retrain' is the retain condition of the training run
+STAGES = ("start", "data", "poison", "train", "unlearn", "evaluate", "table", "figures")
+
+
+@dataclass(frozen=True)
+class Profile:
+    tasks: tuple[str, ...]
+    seeds: tuple[int, ...]
+    learners: tuple[str, ...] = ("bcq_lag",)
+    attacks: tuple[str, ...] = ("inject", "label_flip")
+    methods: tuple[str, ...] = UNLEARNER_NAMES
+    config: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)     # diffs: name -> {key: value}
+    note: str = ""
+
+
+BULLET = tuple(body + course for course in ("Run", "Circle") for body in ("Ball", "Car", "Drone", "Ant"))
+PROFILES: dict[str, Profile] = {
+    "smoke": Profile(
+        tasks=("BallRun",), seeds=(0, 1), note="smoke run, not a result",
+        config={
+            "data": {"episodes": 200, "donors": 30},
+            "bcq_lag": {"steps": 700, "vae_steps": 200, "batch": 64},
+            "finetune": {"steps": 70},
+            "gradient_ascent": {"steps": 70, "ascent_steps": 35},
+            "saferule": {"steps": 70, "suppress_steps": 50, "gate_steps": 100},
+            "evaluate": {"episodes": 3, "curve_episodes": 1},
+        }),
+    "quick": Profile(tasks=("BallCircle",), seeds=(0, 1, 2)),
+    "standard": Profile(tasks=("BallRun", "CarRun", "BallCircle", "CarCircle"), seeds=(0, 1, 2)),
+    "paper": Profile(
+        tasks=BULLET, seeds=(0, 1, 2, 3, 4),
+        config={
+            "data": {"source": "dsrl"},
+            "bcq_lag": {"steps": 100_000, "vae_steps": 0, "batch": 512, "hidden": (256, 256), "vae_hidden": 400,
+                        "gamma": 0.99, "tau": 0.005, "samples": 10},
+            "finetune": {"steps": 10_000},
+            "gradient_ascent": {"steps": 10_000, "ascent_steps": 5_000},
+            "saferule": {"steps": 10_000, "suppress_steps": 5_000},
+            "evaluate": {"episodes": 20},
+        }),
+}
+TASK_CONFIG: dict[str, dict[str, dict[str, Any]]] = {          # diffs by task, under those of the profile
+    "BallRun": {"bcq_lag": {"lam_max": 1.0}},
+    "CarRun": {"data": {"episodes": 400}, "bcq_lag": {"lam_max": 1.0}},
+    "CarCircle": {"data": {"episodes": 400}},
+    "DroneRun": {"data": {"episodes": 400}, "bcq_lag": {"lam_max": 1.0}},
+    "DroneCircle": {"data": {"episodes": 400}},
+    "AntRun": {"data": {"episodes": 400}, "bcq_lag": {"lam_max": 1.0}},
+    "AntCircle": {"data": {"episodes": 400}},
+}
+
+
+def one_of(kind: str, value: str, choices: Iterable[str]) -> str:
+    """`value` if it is one of `choices`; otherwise a UserError with the nearest match."""
+    choices = tuple(choices)
+    if value in choices:
+        return value
+    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    raise UserError(f"unknown {kind} '{value}'.{hint} Known: {', '.join(choices)}.")
+
+
+def with_overrides(config: Any, overrides: Mapping[str, Any], where: str) -> Any:
+    """A copy of the dataclass `config` with some fields replaced; values keep the field's type."""
+    known = {f.name: getattr(config, f.name) for f in fields(config)}
+    changed = {}
+    for key, value in overrides.items():
+        one_of(f"setting of {where}", key, known)
+        old = known[key]
+        if isinstance(old, tuple):
+            if not isinstance(value, (list, tuple)):
+                raise UserError(f"{where}.{key} must be a list like {list(old)}, not {value!r}.")
+            value = tuple(value)
+        elif isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        elif not isinstance(value, type(old)) or isinstance(value, bool) != isinstance(old, bool):
+            raise UserError(f"{where}.{key} must be of type {type(old).__name__}, not {value!r}.")
+        changed[key] = value
+    return replace(config, **changed)
+
+
+def configured(name: str, profile: str, task: str, overrides: Mapping[str, Any] | None = None) -> Any:
+    """The dataclass for `name` (a learner, attack, method, 'data', 'evaluate') with task, profile and user diffs applied."""
+    one_of("configuration", name, CONFIGS)
+    one_of("profile", profile, PROFILES)
+    config = CONFIGS[name]()
+    for diff in (TASK_CONFIG.get(task, {}), PROFILES[profile].config):
+        config = with_overrides(config, diff.get(name, {}), name)
+    return with_overrides(config, overrides or {}, name)
+
+
+def resolve(profile: str, stage: str, task: str, learner: str = "bcq_lag", attacks: Iterable[str] = (),
+            method: str = "", seeds: Iterable[int] = (), overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """All settings that one stage (= one notebook) of the chain depends on, as a JSON-able dictionary.
+
+    Raises UserError for an unknown name. The engine re-runs a stage when this dictionary changes.
+    """
+    one_of("stage", stage, STAGES)
+    attacks, seeds = tuple(attacks), tuple(seeds)
+    one_of("learner", learner, LEARNER_NAMES)
+    for attack in attacks:
+        one_of("attack", attack, ATTACK_NAMES)
+
+    def plain(name: str, diff: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        return dataclasses.asdict(configured(name, profile, task, diff))
+
+    if stage == "data":
+        return {"task": task, **plain("data", overrides)}
+    data = plain("data")
+    if stage == "poison":
+        (attack,) = attacks
+        return {"task": task, "attack": attack, "cost_limit": data["cost_limit"], **plain(attack, overrides)}
+    if stage == "train":
+        return {"task": task, "learner": learner, "attacks": attacks, "seeds": seeds, "cost_limit": data["cost_limit"],
+                **plain(learner, overrides)}
+    if stage == "unlearn":
+        one_of("method", method, UNLEARNER_NAMES)
+        return {"task": task, "learner": learner, "attacks": attacks, "method": method, "seeds": seeds, **plain(method, overrides)}
+    if stage == "evaluate":
+        return {"task": task, "learner": learner, "cost_limit": data["cost_limit"], **plain("evaluate", overrides)}
+    return {"profile": profile, "note": PROFILES[profile].note, **dataclasses.asdict(Thresholds())}
