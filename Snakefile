@@ -1,0 +1,120 @@
+# The DAG of notebooks. `saferule reproduce` (saferule/engine.py) starts it inside results/runs/<profile>, so paths are
+# relative to that; --config gives profile, device, seeds, tasks and, in tests, the notebooks' folder.
+#
+# A rule runs again when its resolved settings, its notebook's code, a module behind that, or an input changes; the first
+# three are its `params`. The device is not: it says where work that is still to be done runs, not what is done.
+import json
+import sys
+from itertools import product
+from pathlib import Path
+
+from saferule import config as settings
+from saferule.notebook import declared, listed, parse_seeds
+from saferule.sources import NOTEBOOKS, digest
+
+PROFILE = config["profile"]
+PRESET = settings.PROFILES[PROFILE]
+TASKS = listed(config["tasks"]) or PRESET.tasks
+SEEDS = parse_seeds(config["seeds"]) or PRESET.seeds
+LEARNERS, ATTACKS, METHODS = PRESET.learners, PRESET.attacks, PRESET.methods
+FOLDER = Path(config.get("notebooks", NOTEBOOKS))
+EVERYTHING = {"tasks": TASKS, "learners": LEARNERS, "attacks": ATTACKS, "methods": METHODS, "seeds": SEEDS}
+
+
+def resolved(stage, **given):
+    """All that decides what a stage does, as one string: snakemake remembers it and compares."""
+    def params(wildcards):
+        values = {"task": TASKS[0], "attacks": ATTACKS, "seeds": SEEDS, **wildcards, **given}
+        if "attack" in values:
+            values["attacks"] = (values.pop("attack"),)
+        return json.dumps(settings.resolve(PROFILE, stage, **values), sort_keys=True)
+    return params
+
+
+def run(name):
+    """The command that executes a notebook: of profile, device, wildcards and lists it gets those that it declares."""
+    given = {"profile": PROFILE, "device": config["device"]}
+    given |= {key: "{wildcards.%s}" % key for key in ("task", "learner", "attack", "method")}
+    given |= {key: ",".join(map(str, values)) for key, values in EVERYTHING.items()}
+    given = "".join(f" -p {key} '{given[key]}'" for key in declared(FOLDER / f"{name}.ipynb") if key in given)
+    return f"exec '{sys.executable}' -m saferule notebook --engine '{FOLDER}/{name}.ipynb' {{output.notebook}} --log {{log}}{given}"
+
+
+def artefact(kind, *name):
+    return f"artifacts/{kind}/{'-'.join(name)}/manifest.json"
+
+
+def artefacts(kind, *names):
+    return [artefact(kind, *name) for name in product(*names)]
+
+
+wildcard_constraints:
+    task="[A-Za-z0-9]+", learner="[a-z0-9_]+", attack="[a-z0-9_]+", method="[a-z0-9_]+",
+
+
+rule all:
+    input: expand("notebooks/{name}.ipynb", name=["00_start_here", "10_table_main", "20_figures"])
+
+
+rule start:
+    output: notebook="notebooks/00_start_here.ipynb"
+    log: "logs/00_start_here.ipynb"
+    params: settings=resolved("start"), code=digest(FOLDER / "00_start_here.ipynb")
+    shell: run("00_start_here")
+
+
+rule data:
+    output: artefact("data", "{task}"), notebook="notebooks/01_data-{task}.ipynb"
+    log: "logs/01_data-{task}.ipynb"
+    params: settings=resolved("data"), code=digest(FOLDER / "01_data.ipynb")
+    threads: workflow.cores                                # its simulators use every core
+    shell: run("01_data")
+
+
+rule poison:
+    input: artefact("data", "{task}")
+    output: artefact("poison", "{task}", "{attack}"), notebook="notebooks/02_poison-{task}-{attack}.ipynb"
+    log: "logs/02_poison-{task}-{attack}.ipynb"
+    params: settings=resolved("poison"), code=digest(FOLDER / "02_poison.ipynb")
+    shell: run("02_poison")
+
+
+rule train:
+    input: artefact("data", "{task}"), artefacts("poison", ["{task}"], ATTACKS)
+    output: artefact("train", "{task}", "{learner}"), notebook="notebooks/03_train-{task}-{learner}.ipynb"
+    log: "logs/03_train-{task}-{learner}.ipynb"
+    params: settings=resolved("train"), code=digest(FOLDER / "03_train.ipynb")
+    shell: run("03_train")
+
+
+rule unlearn:
+    input: artefact("train", "{task}", "{learner}"), artefacts("poison", ["{task}"], ATTACKS)
+    output: artefact("unlearn", "{task}", "{learner}", "{method}"), notebook="notebooks/04_unlearn-{task}-{learner}-{method}.ipynb"
+    log: "logs/04_unlearn-{task}-{learner}-{method}.ipynb"
+    params: settings=resolved("unlearn"), code=digest(FOLDER / "04_unlearn.ipynb")
+    shell: run("04_unlearn")
+
+
+rule evaluate:
+    input: artefact("train", "{task}", "{learner}"), artefacts("unlearn", ["{task}"], ["{learner}"], METHODS)
+    output: artefact("evaluate", "{task}", "{learner}"), notebook="notebooks/05_evaluate-{task}-{learner}.ipynb"
+    log: "logs/05_evaluate-{task}-{learner}.ipynb"
+    params: settings=resolved("evaluate"), code=digest(FOLDER / "05_evaluate.ipynb")
+    threads: workflow.cores
+    shell: run("05_evaluate")
+
+
+rule table_main:
+    input: artefacts("evaluate", TASKS, LEARNERS)
+    output: "tables/T1_main.csv", notebook="notebooks/10_table_main.ipynb"
+    log: "logs/10_table_main.ipynb"
+    params: settings=resolved("table"), code=digest(FOLDER / "10_table_main.ipynb")
+    shell: run("10_table_main")
+
+
+rule figures:
+    input: artefacts("evaluate", TASKS, LEARNERS), artefacts("poison", TASKS, ATTACKS)
+    output: notebook="notebooks/20_figures.ipynb"
+    log: "logs/20_figures.ipynb"
+    params: settings=resolved("figures"), code=digest(FOLDER / "20_figures.ipynb")
+    shell: run("20_figures")

@@ -1,0 +1,127 @@
+"""The command line: `saferule reproduce | notebook | check | verify | download`.
+
+Bad input ends with one line `saferule: ...` on stderr and exit code 2; Ctrl-C with one line and 130; a notebook that failed
+for another reason with one line and 1.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from .errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. See `{self.prog} --help`.")
+
+
+def parser() -> argparse.ArgumentParser:
+    main = Parser(prog="saferule", description="Reproducibility kit for Safe-RULE: unlearn poison from offline safe RL policies.")
+    commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+
+    reproduce = commands.add_parser("reproduce", help="run every notebook that is out of date and print table T1")
+    reproduce.add_argument("--profile", default="quick", help="smoke, quick (default), standard or paper")
+    reproduce.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    reproduce.add_argument("--seeds", default="", help="such as 0,1,2; default: the profile's")
+    reproduce.add_argument("--tasks", default="", help="such as BallCircle,CarCircle; default: the profile's")
+    reproduce.add_argument("--cores", default="", help="processes at a time; default: all cores")
+    reproduce.add_argument("engine", nargs="*", metavar="-- OPTION", help="further options for snakemake, such as --dry-run")
+
+    notebook = commands.add_parser("notebook", help="execute one notebook with papermill")
+    notebook.add_argument("source", type=Path, metavar="NOTEBOOK")
+    notebook.add_argument("out", type=Path, metavar="OUT", help="where the executed notebook goes")
+    notebook.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="parameters",
+                          help="a parameter, as in papermill")
+    notebook.add_argument("--log", type=Path, help="where it lies while it runs and if it fails (default: OUT.failed.ipynb)")
+    notebook.add_argument("--engine", action="store_true", help=argparse.SUPPRESS)       # started by snakemake
+
+    check = commands.add_parser("check", help="validate a data file (DSRL or D4RL HDF5) and describe it")
+    check.add_argument("data", type=Path, metavar="DATA.hdf5")
+    check.add_argument("--task", required=True)
+
+    verify = commands.add_parser("verify", help="compare an artefact's files with the hashes in its manifest")
+    verify.add_argument("path", type=Path, metavar="ARTEFACT", help="its folder or its manifest.json")
+
+    download = commands.add_parser("download", help="fetch a task's DSRL or D4RL file")
+    download.add_argument("task")
+    download.add_argument("--to", type=Path, help="folder (default: data/ beside the package)")
+    return main
+
+
+def reproduce(args: argparse.Namespace) -> int:
+    from .engine import run
+    return run(args.profile, args.device, args.seeds, args.tasks, args.cores, args.engine)
+
+
+def notebook(args: argparse.Namespace) -> int:
+    import time
+
+    from .notebook import die_with_parent, run_notebook
+    if args.engine:
+        die_with_parent()
+    start = time.monotonic()
+    run_notebook(args.source, args.out, dict(args.parameters), args.log)
+    if args.engine:
+        print(f"  {args.out.stem:<48} {time.monotonic() - start:6.1f} s", flush=True)
+    return 0
+
+
+def check(args: argparse.Namespace) -> int:
+    import numpy as np
+
+    from .hdf5 import read_hdf5
+    from .tasks import get_task
+    task = get_task(args.task)
+    columns = read_hdf5(args.data, task)
+    ends = np.flatnonzero(columns["terminal"] | columns["timeout"])
+    bounds = np.concatenate([[0], ends[ends < len(columns["cost"]) - 1] + 1])
+    returns, costs = (np.add.reduceat(columns[name].astype(np.float64), bounds) for name in ("reward", "cost"))
+    print(f"{args.data}: fits {task.name}\n"
+          f"  {len(columns['cost']):,} transitions, {len(bounds):,} episodes; "
+          f"observations [{columns['obs'].shape[1]}], actions [{columns['action'].shape[1]}]\n"
+          f"  return per episode: {returns.min():.1f} / {np.median(returns):.1f} / {returns.max():.1f} (least, median, greatest)\n"
+          f"  cost per episode:   {costs.min():.1f} / {np.median(costs):.1f} / {costs.max():.1f}; "
+          f"{(costs <= task.cost_limit).mean():.0%} of episodes within the limit {task.cost_limit:g}")
+    return 0
+
+
+def verify(args: argparse.Namespace) -> int:
+    from .artifacts import load
+    folder = args.path.parent if args.path.name == "manifest.json" else args.path
+    folder = folder.absolute()
+    artefact = load(folder.parent.name, folder.name, folder.parent.parent.parent)
+    print(f"{args.path}: {artefact.kind} {artefact.name}, {artefact.short}: every file matches its hash")
+    return 0
+
+
+def download(args: argparse.Namespace) -> int:
+    from .hdf5 import download as fetch
+    from .sources import REPO
+    from .tasks import get_task
+    print(fetch(get_task(args.task), args.to or REPO / "data"))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        args = parser().parse_args(argv)
+        return globals()[args.command](args)
+    except UserError as error:
+        code, line = 2, f"saferule: {error}"
+    except KeyboardInterrupt:
+        code, line = 130, "saferule: interrupted; the same command continues where this stopped."
+    except BrokenPipeError:                                # the reader of our output has gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        from .notebook import NotebookFailed
+        if not isinstance(error, NotebookFailed):
+            raise
+        code, line = 1, f"saferule: {error}"
+    print(line, file=sys.stderr)
+    return code

@@ -1,0 +1,84 @@
+"""`saferule reproduce`: checks its arguments, hands the DAG of notebooks to Snakemake, and prints table T1."""
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .artifacts import run_dir
+from .config import PROFILES, one_of
+from .errors import UserError
+from .notebook import die_with_parent, listed, one_thread, parse_device, parse_seeds
+from .sources import REPO
+from .tasks import get_task
+
+
+def run(profile: str = "quick", device: str = "auto", seeds: str = "", tasks: str = "", cores: str = "",
+        options: Sequence[str] = (), notebooks: Path | None = None) -> int:
+    """Runs what is out of date of a profile, in results/runs/<profile>; returns 0, or 1 if a notebook failed.
+
+    seeds, tasks: comma-separated, empty for the profile's. cores: processes at a time, empty for all. options: further
+    options for Snakemake. notebooks: another folder than the repository's. Raises UserError for unknown values.
+    """
+    one_of("profile", profile, PROFILES)
+    parse_device(device)
+    parse_seeds(seeds)
+    chosen = [get_task(name).name for name in listed(tasks)]
+    if cores and not (cores.isdecimal() and int(cores)):
+        raise UserError(f"cores: '{cores}' must be a whole number >= 1.")
+    root = run_dir(profile)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = open(root / ".lock", "w")
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be written ({error.strerror}); set SAFERULE_RESULTS to another folder.") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"saferule: another run is at work in {relative(root)}; this one waits for it.", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        config = {"profile": profile, "device": device, "seeds": seeds, "tasks": ",".join(chosen)}
+        if notebooks:
+            config["notebooks"] = str(notebooks)
+        code = snakemake(root, cores or str(len(os.sched_getaffinity(0))), config, options)
+    if code or options:
+        return code
+    print(summary(root))
+    return 0
+
+
+def snakemake(root: Path, cores: str, config: dict[str, str], options: Sequence[str]) -> int:
+    """Snakemake on the repository's Snakefile with `root` as its working directory; its own state stays in there.
+
+    --nolock: our own lock is released by the system when its holder is killed, Snakemake's lock file is not.
+    """
+    one_thread()
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(REPO / "Snakefile"), "--directory", str(root),
+               "--cores", cores, "--nolock", "--rerun-incomplete", "--rerun-triggers", "params", "input", "mtime",
+               "--keep-going", "--quiet", "all", *options,
+               "--config", *(f"{key}={value}" for key, value in config.items())]
+    process = subprocess.Popen(command, preexec_fn=die_with_parent)
+    try:
+        return 1 if process.wait() else 0
+    except KeyboardInterrupt:                              # Ctrl-C reached it, too; it stops its notebooks
+        process.wait()
+        raise
+
+
+def relative(path: Path) -> str:
+    """`path` from where the user stands, if that is shorter."""
+    return min(str(path), os.path.relpath(path), key=len)
+
+
+def summary(root: Path) -> str:
+    """Table T1 as text, and where everything lies."""
+    table = root / "tables" / "T1_main.md"
+    text = table.read_text(encoding="utf-8") if table.is_file() else (root / "tables" / "T1_main.csv").read_text(encoding="utf-8")
+    places = [("tables", "tables"), ("figures", "figures"), ("notebooks", "executed notebooks"), ("artifacts", "artefacts"),
+              ("wandb", "offline W&B runs")]
+    lines = [f"  {what:<20}{relative(root / name)}" for name, what in places if (root / name).is_dir()]
+    return "\n".join([text.rstrip(), "", "Where to look:", *lines])
