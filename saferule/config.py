@@ -72,6 +72,7 @@ class BCQLagConfig:
     heads: int = 2                     # of each critic
     lr_lam: float = 2e-3               # multiplier: projected dual ascent ...
     lam_max: float = 1.5               # ... with a cap
+    adapt_lam: bool = True             # off: the multiplier stays as it is
     lmbda: float = 0.75                # parity: weight of the smaller head group in a target
     pid: tuple[float, float, float] = (0.1, 0.003, 0.001)      # parity: KP, KI, KD
     standardise: bool = True           # observations by mean and std, rewards by their 98% quantile

@@ -1,0 +1,104 @@
+"""Unlearning: from a poisoned learner and its forget rows to a repaired one, without retraining and without the environment.
+
+Every method is a list of phases; a phase recombines the learner's own losses on retain and forget batches. Nothing here
+imports a simulator, and nothing is selected with one: schedules are fixed.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import UNLEARNER_NAMES, one_of
+from ..data import Batch, Pool, Rows, Sampler
+from ..train import History, Learner, Resume, fit
+
+
+@dataclass(frozen=True)
+class Phase:
+    """`steps` calls of `step(t)`, t counted from the phase's start, with the learner tuned by `settings`."""
+    name: str
+    steps: int
+    step: Callable[[int], dict[str, Tensor]]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+class Memory:
+    """What an unlearner sees: retain and forget minibatches, from generators of their own.
+
+    Two streams, so that methods which never look at a forget batch draw the same retain batches as those which do.
+    """
+
+    def __init__(self, learner: Learner, pool: Pool, retain: Sequence[Rows], forget: Sequence[Rows], seed: int, n_step: int = 1):
+        cfg, self.learner, self.pool, self.rows = learner.cfg, learner, pool, forget
+        self.retain_rows = list(retain)
+        self.retain_stream = torch.Generator(learner.device).manual_seed(seed)
+        self.forget_stream = torch.Generator(learner.device).manual_seed(seed + 1)
+        done = "any_end" if getattr(learner, "parity", False) else "terminal"
+        self._retain = Sampler(pool, retain, cfg.batch, learner.units, done, n_step, cfg.gamma)
+        self._forget = Sampler(pool, forget, cfg.batch, learner.units, done)
+
+    def retain(self) -> Batch:
+        return self._retain.sample(self.retain_stream)
+
+    def retain_pair(self) -> tuple[Batch, Batch]:
+        return self._retain.pair(self.retain_stream)
+
+    def forget(self) -> Batch:
+        return self._forget.sample(self.forget_stream)
+
+    def ordinary(self, t: int) -> dict[str, Tensor]:
+        """One step of ordinary training on retain rows."""
+        return self.learner.update(self.retain(), self.learner.cfg.steps + t)
+
+    def weigh_forget(self, gate: Sequence[Tensor]) -> None:
+        """Multiply the forget weights by one factor per row: gate[r] [n_r] for replica r."""
+        cfg = self.learner.cfg
+        rows = [Rows(r.ids.clone(), r.weight * g.to(r.weight)) for r, g in zip(self.rows, gate)]
+        self._forget = Sampler(self.pool, rows, cfg.batch, self.learner.units)
+
+
+class Unlearned(NamedTuple):
+    learner: Learner
+    history: History
+    snapshots: dict[int, dict[str, Tensor]]            # step -> weights, along the budget and the later steps
+    phases: tuple[tuple[str, int], ...]
+
+
+from . import finetune, gradient_ascent, saferule  # noqa: E402  (they need Phase and Memory)
+
+UNLEARNERS: dict[str, Any] = {"finetune": finetune, "gradient_ascent": gradient_ascent, "saferule": saferule}
+assert tuple(UNLEARNERS) == UNLEARNER_NAMES
+
+
+def unlearn(learner: Learner, pool: Pool, retain: Sequence[Rows], forget: Sequence[Rows], method: str, cfg: Any, seed: int = 0,
+            forged_costs: bool = True, later_steps: int = 0, snapshots_at: Sequence[int] = (), resume: Resume | None = None,
+            **loop: Any) -> Unlearned:
+    """Make each replica of `learner` (changed in place) forget its rows.
+
+    retain, forget: one Rows per replica. cfg: the method's dataclass. forged_costs: may the cost labels of the forget rows
+    be false? later_steps: ordinary steps on the retain rows after the budget, the relapse test. snapshots_at: step counts at
+    which weights are kept. Further arguments go to `train.fit`. Raises UserError for an unknown method.
+    """
+    chosen = UNLEARNERS[one_of("method", method, UNLEARNERS)]
+    learner.seed_noise(seed + 2)
+    memory = Memory(learner, pool, retain, forget, seed, n_step=getattr(cfg, "n_step", 1) if getattr(cfg, "n_step_mix", 0) else 1)
+    phases = list(chosen.phases(learner, memory, cfg, forged_costs))
+    phases.append(Phase("later", later_steps, memory.ordinary))
+    starts = [sum(p.steps for p in phases[:i]) for i in range(len(phases))]
+    kept: dict[int, dict[str, Tensor]] = {}
+
+    def step(t: int) -> dict[str, Tensor]:
+        i = max(i for i, start in enumerate(starts) if start <= t and phases[i].steps)
+        with learner.tuned(**phases[i].settings):
+            return phases[i].step(t - starts[i])
+
+    def keep(t: int) -> Callable[[], None]:
+        return lambda: kept.__setitem__(t, learner.weights())
+
+    history = fit(step, starts[-1] + later_steps, learner, [memory.retain_stream, memory.forget_stream],
+                  snapshots={t: keep(t) for t in snapshots_at}, boundaries=starts, resume=resume, kept=kept, **loop)
+    return Unlearned(learner, history, kept, tuple((p.name, p.steps) for p in phases))
