@@ -14,8 +14,8 @@ from saferule.sources import NOTEBOOKS, digest
 
 PROFILE = config["profile"]
 PRESET = settings.PROFILES[PROFILE]
-TASKS = listed(config["tasks"]) or PRESET.tasks
-SEEDS = parse_seeds(config["seeds"]) or PRESET.seeds
+TASKS = listed(config.get("tasks", "")) or PRESET.tasks
+SEEDS = parse_seeds(config.get("seeds", "")) or PRESET.seeds
 LEARNERS, ATTACKS, METHODS = PRESET.learners, PRESET.attacks, PRESET.methods
 FOLDER = Path(config.get("notebooks", NOTEBOOKS))
 EVERYTHING = {"tasks": TASKS, "learners": LEARNERS, "attacks": ATTACKS, "methods": METHODS, "seeds": SEEDS}
@@ -37,7 +37,7 @@ def run(name):
     given |= {key: "{wildcards.%s}" % key for key in ("task", "learner", "attack", "method")}
     given |= {key: ",".join(map(str, values)) for key, values in EVERYTHING.items()}
     given = "".join(f" -p {key} '{given[key]}'" for key in declared(FOLDER / f"{name}.ipynb") if key in given)
-    return f"exec '{sys.executable}' -m saferule notebook --engine '{FOLDER}/{name}.ipynb' {{output.notebook}} --log {{log}}{given}"
+    return f"exec '{sys.executable}' -m saferule notebook --engine '{FOLDER}/{name}.ipynb' {{output.notebook}}{given}"
 
 
 def artefact(kind, *name):
@@ -58,14 +58,12 @@ rule all:
 
 rule start:
     output: notebook="notebooks/00_start_here.ipynb"
-    log: "logs/00_start_here.ipynb"
     params: settings=resolved("start"), code=digest(FOLDER / "00_start_here.ipynb")
     shell: run("00_start_here")
 
 
 rule data:
     output: artefact("data", "{task}"), notebook="notebooks/01_data-{task}.ipynb"
-    log: "logs/01_data-{task}.ipynb"
     params: settings=resolved("data"), code=digest(FOLDER / "01_data.ipynb")
     threads: workflow.cores                                # its simulators use every core
     shell: run("01_data")
@@ -74,7 +72,6 @@ rule data:
 rule poison:
     input: artefact("data", "{task}")
     output: artefact("poison", "{task}", "{attack}"), notebook="notebooks/02_poison-{task}-{attack}.ipynb"
-    log: "logs/02_poison-{task}-{attack}.ipynb"
     params: settings=resolved("poison"), code=digest(FOLDER / "02_poison.ipynb")
     shell: run("02_poison")
 
@@ -82,7 +79,6 @@ rule poison:
 rule train:
     input: artefact("data", "{task}"), artefacts("poison", ["{task}"], ATTACKS)
     output: artefact("train", "{task}", "{learner}"), notebook="notebooks/03_train-{task}-{learner}.ipynb"
-    log: "logs/03_train-{task}-{learner}.ipynb"
     params: settings=resolved("train"), code=digest(FOLDER / "03_train.ipynb")
     shell: run("03_train")
 
@@ -90,7 +86,6 @@ rule train:
 rule unlearn:
     input: artefact("train", "{task}", "{learner}"), artefacts("poison", ["{task}"], ATTACKS)
     output: artefact("unlearn", "{task}", "{learner}", "{method}"), notebook="notebooks/04_unlearn-{task}-{learner}-{method}.ipynb"
-    log: "logs/04_unlearn-{task}-{learner}-{method}.ipynb"
     params: settings=resolved("unlearn"), code=digest(FOLDER / "04_unlearn.ipynb")
     shell: run("04_unlearn")
 
@@ -98,7 +93,6 @@ rule unlearn:
 rule evaluate:
     input: artefact("train", "{task}", "{learner}"), artefacts("unlearn", ["{task}"], ["{learner}"], METHODS)
     output: artefact("evaluate", "{task}", "{learner}"), notebook="notebooks/05_evaluate-{task}-{learner}.ipynb"
-    log: "logs/05_evaluate-{task}-{learner}.ipynb"
     params: settings=resolved("evaluate"), code=digest(FOLDER / "05_evaluate.ipynb")
     threads: workflow.cores
     shell: run("05_evaluate")
@@ -107,7 +101,6 @@ rule evaluate:
 rule table_main:
     input: artefacts("evaluate", TASKS, LEARNERS)
     output: "tables/T1_main.csv", notebook="notebooks/10_table_main.ipynb"
-    log: "logs/10_table_main.ipynb"
     params: settings=resolved("table"), code=digest(FOLDER / "10_table_main.ipynb")
     shell: run("10_table_main")
 
@@ -115,6 +108,5 @@ rule table_main:
 rule figures:
     input: artefacts("evaluate", TASKS, LEARNERS), artefacts("poison", TASKS, ATTACKS)
     output: notebook="notebooks/20_figures.ipynb"
-    log: "logs/20_figures.ipynb"
     params: settings=resolved("figures"), code=digest(FOLDER / "20_figures.ipynb")
     shell: run("20_figures")

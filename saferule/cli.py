@@ -62,13 +62,22 @@ def notebook(args: argparse.Namespace) -> int:
     import time
 
     from .notebook import die_with_parent, run_notebook
+    log = args.log
     if args.engine:
         die_with_parent()
+        log = log or args.out.parent.parent / "logs" / args.out.name
+        say(f"run   {args.out.stem}")
     start = time.monotonic()
-    run_notebook(args.source, args.out, dict(args.parameters), args.log)
+    run_notebook(args.source, args.out, dict(args.parameters), log)
     if args.engine:
-        print(f"  {args.out.stem:<48} {time.monotonic() - start:6.1f} s", flush=True)
+        say(f"done  {args.out.stem:<48} {time.monotonic() - start:6.1f} s")
     return 0
+
+
+def say(line: str) -> None:
+    """A line in one piece, although other notebooks write to the same place."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 def check(args: argparse.Namespace) -> int:

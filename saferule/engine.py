@@ -12,7 +12,7 @@ from .artifacts import run_dir
 from .config import PROFILES, one_of
 from .errors import UserError
 from .notebook import die_with_parent, listed, one_thread, parse_device, parse_seeds
-from .sources import REPO
+from .sources import REPO, relative
 from .tasks import get_task
 
 
@@ -54,24 +54,33 @@ def run(profile: str = "quick", device: str = "auto", seeds: str = "", tasks: st
 def snakemake(root: Path, cores: str, config: dict[str, str], options: Sequence[str]) -> int:
     """Snakemake on the repository's Snakefile with `root` as its working directory; its own state stays in there.
 
-    --nolock: our own lock is released by the system when its holder is killed, Snakemake's lock file is not.
+    Of what it says only our own lines are shown (all, if the user gives options for it); the rest is in logs/engine.log.
     """
     one_thread()
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(REPO / "Snakefile"), "--directory", str(root),
-               "--cores", cores, "--nolock", "--rerun-incomplete", "--rerun-triggers", "params", "input", "mtime",
-               "--keep-going", "--quiet", "all", *options,
-               "--config", *(f"{key}={value}" for key, value in config.items())]
-    process = subprocess.Popen(command, preexec_fn=die_with_parent)
+               "--cores", cores, "--rerun-triggers", "params", "input", "mtime", "--rerun-incomplete", "--keep-going",
+               "--nolock",                                 # our lock ends with its holder, a lock file would not
+               *options, "--config", *(f"{key}={value}" for key, value in config.items() if value)]
+    log = root / "logs" / "engine.log"
+    log.parent.mkdir(exist_ok=True)
+    told = False
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace", preexec_fn=die_with_parent)
     try:
-        return 1 if process.wait() else 0
-    except KeyboardInterrupt:                              # Ctrl-C reached it, too; it stops its notebooks
+        with open(log, "w", encoding="utf-8") as file:
+            for line in process.stderr:
+                file.write(line)
+                file.flush()
+                if ours := line.startswith("saferule: ") or bool(options):
+                    print(line, end="", file=sys.stderr, flush=True)
+                told |= ours
+        code = process.wait()
+    except KeyboardInterrupt:                              # Ctrl-C reached Snakemake, too; it stops its notebooks
         process.wait()
         raise
-
-
-def relative(path: Path) -> str:
-    """`path` from where the user stands, if that is shorter."""
-    return min(str(path), os.path.relpath(path), key=len)
+    if code and not told:
+        last = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()][-1:]
+        print(f"saferule: the engine failed: {' '.join(last)} (all it said: {relative(log)})", file=sys.stderr)
+    return 1 if code else 0
 
 
 def summary(root: Path) -> str:

@@ -13,12 +13,13 @@ import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
 from .config import ATTACK_NAMES, LEARNER_NAMES, PROFILES, UNLEARNER_NAMES, one_of
 from .errors import UserError
-from .sources import NOTEBOOKS, read_cells
+from .sources import NOTEBOOKS, read_cells, relative
 
 INJECTED = "# Parameters"                  # papermill's first line of the cell that it injects
 
@@ -244,20 +245,20 @@ def run_notebook(source: Path, out: Path, parameters: Mapping[str, str], log: Pa
 
     one_thread()
     import papermill
-    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
     from traitlets.config import Config
-    try:
-        papermill.execute_notebook(source, log, values, progress_bar=False, kernel_name="python3",
-                                   config=Config({"KernelManager": {"transport": "ipc"}}))
-    except PapermillExecutionError as error:
-        if error.ename == "UserError":
-            log.unlink(missing_ok=True)                    # the line says it all, and nothing is left behind
-            raise UserError(error.evalue) from None
-        cause = f"cell {error.exec_count} raised {error.ename}: {error.evalue}".splitlines()[0]
-        raise NotebookFailed(f"{source.stem}: {cause} (as far as it came: {log})") from None
-    except DeadKernelError:
-        raise NotebookFailed(f"{source.stem}: its process died, perhaps for want of memory (as far as it came: {log})") from None
+    with TemporaryDirectory(prefix="saferule-") as sockets:  # one each: by default all kernels of a folder share their names
+        config = Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}})
+        try:
+            papermill.execute_notebook(source, log, values, progress_bar=False, kernel_name="python3", config=config)
+        except PapermillExecutionError as error:
+            if error.ename == "UserError":
+                log.unlink(missing_ok=True)                # the line says it all, and nothing is left behind
+                raise UserError(error.evalue) from None
+            cause = f"cell [{error.exec_count}] raised {error.ename}: {error.evalue}".splitlines()[0]
+            raise NotebookFailed(f"{source.stem}: {cause} (as far as it came: {relative(log)})") from None
+        except RuntimeError as error:                      # the kernel did not start, or died
+            raise NotebookFailed(f"{source.stem}: {error} (as far as it came: {relative(log)})") from None
     os.replace(log, out)
 
 

@@ -21,6 +21,12 @@ NOT_COUNTED = frozenset({"saferule", "saferule.config", "saferule.errors", "safe
                          "saferule.cli", "saferule.__main__"})
 
 
+def relative(path: Path) -> str:
+    """`path` from the repository's root, if it lies in there; otherwise whole."""
+    path = path.absolute()
+    return str(path.relative_to(REPO) if path.is_relative_to(REPO) else path)
+
+
 def read_cells(notebook: Path) -> list[tuple[str, tuple[str, ...]]]:
     """(source, tags) of every code cell. Raises UserError if the file is not a notebook."""
     try:
