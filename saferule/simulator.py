@@ -15,9 +15,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import multiprocessing
 import os
+import signal
 import sys
 import types
+from concurrent.futures import ProcessPoolExecutor, as_completed
 
 # mujoco-py comes with d4rl and wants MuJoCo 2.1 binaries; gymnasium's v4 tasks work once it counts as absent.
 sys.modules.setdefault("mujoco_py", None)
@@ -25,10 +28,12 @@ os.environ.setdefault("D4RL_SUPPRESS_IMPORT_ERROR", "1")
 
 import gymnasium  # noqa: E402
 import numpy as np  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 from saferule.tasks import Task  # noqa: E402
 
 _idle: list[int] = []  # PyBullet connections of this process, free to be reset and used again
+_shared = None  # see `parallel`
 os.register_at_fork(after_in_child=_idle.clear)
 
 
@@ -173,3 +178,54 @@ def render(env: gymnasium.Env) -> np.ndarray:
     """The present view of an environment made with `visual=True`, uint8 [height, width, 3]."""
     bullet = isinstance(env, _Seeded)
     return np.asarray(env.unwrapped.render("rgb_array") if bullet else env.render(), dtype=np.uint8)
+
+
+def cores() -> int:
+    """Processes to use by default: SAFERULE_WORKERS, else the cores that this process may use."""
+    return int(os.environ.get("SAFERULE_WORKERS") or len(os.sched_getaffinity(0)))
+
+
+def _start_worker(shared) -> None:
+    global _shared
+    _shared = shared
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to handle
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+def shared():
+    """What `parallel` was given to share: inherited by its processes, never pickled."""
+    return _shared
+
+
+def parallel(function, jobs: list[tuple], workers: int | None, label: str, unit: str, progress: bool, share=None) -> list:
+    """[function(*job) for job in jobs] on several processes, with a progress bar; results in the order of the jobs.
+
+    Processes are forked, so this works in notebooks and in scripts without a __main__ guard, and starts at once.
+    One worker means this process. An exception in a job is raised here, and the rest is cancelled.
+    """
+    global _shared
+    _builder()  # imported before the fork: once instead of once per worker
+    workers = min(workers or cores(), len(jobs))
+    results: list = [None] * len(jobs)
+    with tqdm(total=len(jobs), desc=label, unit=unit, disable=not progress, mininterval=0.3) as bar:
+        if workers == 1:
+            _shared = share
+            try:
+                for i, job in enumerate(jobs):
+                    results[i] = function(*job)
+                    bar.update()
+            finally:
+                _shared = None
+                release()
+            return results
+        fork = multiprocessing.get_context("fork")
+        pool = ProcessPoolExecutor(workers, mp_context=fork, initializer=_start_worker, initargs=(share,))
+        try:
+            index = {pool.submit(function, *job): i for i, job in enumerate(jobs)}
+            for done in as_completed(index):
+                results[index[done]] = done.result()
+                bar.update()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    return results

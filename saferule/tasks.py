@@ -59,7 +59,7 @@ def _velocity(robot, n_obs, n_act, return_min, return_max, limit, index) -> Task
         f"{robot}Velocity", f"{robot}-v4", 1000, n_obs, n_act, return_min, return_max, 1000.0,
         f"{robot.lower()}_medium-v2", source="d4rl", cost_limits=(20.0, 40.0, 80.0),
         velocity_limit=limit, velocity_index=index,
-    )  # fmt: skip
+    )
 
 
 TASKS: dict[str, Task] = {
