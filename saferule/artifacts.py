@@ -36,9 +36,9 @@ from saferule.files import (
     MAX_FILE,
     PICKLES,
     atomic_file,
-    put_back,
     regular,
     replacing,
+    restore,
     results_dir,  # noqa: F401  (also from here)
     run_dir,
     show,
@@ -52,6 +52,8 @@ NOTEBOOKS = {"data": "01_data", "poison": "02_poison", "train": "03_train", "unl
 LIBRARIES = ("torch", "numpy", "pandas", "h5py", "safetensors", "gymnasium", "bullet-safety-gym", "pybullet", "mujoco",
              "d4rl", "wandb", "triton")
 MAX_MANIFEST = 16 << 20                                   # bytes
+# pandas < 3.1 loses the last bit of some numbers unless asked; later ones do not and warn when asked
+EXACT = {"float_precision": "round_trip"} if tuple(map(int, pd.__version__.split(".")[:2])) < (3, 1) else {}
 TEXT, IMAGE = (".md", ".txt", ".jsonl"), (".png", ".svg", ".pdf")
 
 
@@ -76,8 +78,7 @@ class Artifact:
     def table(self, file: str) -> pd.DataFrame:
         """A .csv file. An empty cell is NaN; every other text, 'none' and 'NA' included, is itself."""
         with _named(self.path / file, _remedy(self.kind)):
-            return pd.read_csv(BytesIO(self.read(file)), float_precision="round_trip", keep_default_na=False,
-                               na_values=[""])
+            return pd.read_csv(BytesIO(self.read(file)), keep_default_na=False, na_values=[""], **EXACT)
 
     def json(self, file: str):
         with _named(self.path / file, _remedy(self.kind)):
@@ -140,7 +141,7 @@ def load(kind: str, name: str, root: Path) -> Artifact:
     """
     final = Path(root) / "artifacts" / kind / name
     if not final.is_dir():
-        put_back(final)
+        restore(final)
     if not final.is_dir():
         made = f"run notebooks/{NOTEBOOKS[kind]}.ipynb first" if kind in NOTEBOOKS else f"{kind!r} is no known kind"
         raise UserError(f"{show(final)} is missing: {made}")

@@ -13,7 +13,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from saferule.errors import UserError
@@ -47,77 +47,82 @@ def atomic_file(path: Path) -> Iterator[Path]:
     path = Path(path)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for stale in _leftovers(path, "tmp"):
-            stale.unlink(missing_ok=True)
-        temporary.touch()
-        with locked(temporary):
+        with ExitStack() as stack:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with locked(path.parent, wait=True):          # no other writer may take the new file for a leftover
+                for stale in _leftovers(path, "tmp"):
+                    stale.unlink()
+                temporary.touch()
+                stack.enter_context(locked(temporary))
             yield temporary
             sync(temporary)
             os.replace(temporary, path)
-        sync(path.parent)
+            sync(path.parent)
     except OSError as e:
         raise UserError(f"cannot write {show(path)}: {e.strerror or e}") from e
     finally:
-        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
+        if temporary.parent.is_dir():
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def replacing(final: Path) -> Iterator[Path]:
-    """A fresh hidden sibling of `final` that takes its place at the end of the `with`."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    put_back(final)
-    for stale in _leftovers(final, "tmp") + _leftovers(final, "old"):
-        shutil.rmtree(stale, ignore_errors=True)
+    """A fresh hidden sibling folder of `final` that takes its place at the end of the `with`."""
     token = secrets.token_hex(8)
     folder, old = (final.parent / f".{final.name}.{token}.{end}" for end in ("tmp", "old"))
-    folder.mkdir()
+    final.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with locked(folder):
+        with ExitStack() as stack:
+            with locked(final.parent, wait=True):
+                _put_back(final)
+                for stale in _leftovers(final, "tmp") + _leftovers(final, "old"):
+                    shutil.rmtree(stale, ignore_errors=True)
+                folder.mkdir()
+                stack.enter_context(locked(folder))
             yield folder
             sync(folder)
-            for attempt in range(10):                     # a reader may put the old version back in between
+            with locked(final.parent, wait=True):
+                if os.path.lexists(final):
+                    os.rename(final, old)
                 try:
-                    if os.path.lexists(final):
-                        os.rename(final, old)
                     os.rename(folder, final)
-                    break
-                except OSError as e:
-                    if e.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT) or attempt == 9:
-                        raise
-                    shutil.rmtree(old, ignore_errors=True)
-            sync(final.parent)
+                finally:
+                    _put_back(final)                      # only if the line above failed
+                sync(final.parent)
     finally:
-        put_back(final)
         for rest in (folder, old):
-            if os.path.lexists(rest):                     # a symlink or a file that stood in the way goes as well
-                shutil.rmtree(rest) if rest.is_dir() and not rest.is_symlink() else rest.unlink()
+            if rest.is_dir() and not rest.is_symlink():
+                shutil.rmtree(rest, ignore_errors=True)
+            elif os.path.lexists(rest):                   # a link or a file that stood where the artefact belongs
+                rest.unlink()
 
 
-def put_back(final: Path) -> None:
-    """A writer killed between its two renames left the old version under a hidden name: restore it."""
+def restore(final: Path) -> None:
+    """If a killed writer took `final` away and could not put the new one there: bring the old one back."""
+    if final.parent.is_dir():
+        with locked(final.parent, wait=True):
+            _put_back(final)
+
+
+def _put_back(final: Path) -> None:
     if not os.path.lexists(final):
         for old in _leftovers(final, "old")[:1]:
-            try:
-                os.rename(old, final)
-            except FileNotFoundError:                     # another process was faster
-                pass
+            os.rename(old, final)
 
 
 def _leftovers(final: Path, end: str) -> list[Path]:
     """Hidden siblings of `final` that no living process holds."""
     pattern = re.compile(rf"\.{re.escape(final.name)}\.[0-9a-f]{{16}}\.{end}")
-    found = sorted(p for p in final.parent.glob(".*") if pattern.fullmatch(p.name)) if final.parent.is_dir() else []
-    return [p for p in found if not _held(p)]
+    return [p for p in sorted(final.parent.glob(".*")) if pattern.fullmatch(p.name) and not _held(p)]
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
     """Hold a lock on a file or folder; the system releases it when the process dies. BlockingIOError if taken."""
     fd = os.open(path, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise
         except OSError:                                   # a file system without locks: go on without
