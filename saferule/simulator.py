@@ -21,6 +21,7 @@ import signal
 import sys
 import types
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 
 # mujoco-py comes with d4rl and wants MuJoCo 2.1 binaries; gymnasium's v4 tasks work once it counts as absent.
 sys.modules.setdefault("mujoco_py", None)
@@ -30,6 +31,7 @@ import gymnasium  # noqa: E402
 import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+from saferule.errors import UserError  # noqa: E402
 from saferule.tasks import Task  # noqa: E402
 
 _idle: list[int] = []  # PyBullet connections of this process, free to be reset and used again
@@ -185,12 +187,30 @@ def cores() -> int:
     return int(os.environ.get("SAFERULE_WORKERS") or len(os.sched_getaffinity(0)))
 
 
-def _start_worker(shared) -> None:
+def _start_worker(share) -> None:
     global _shared
-    _shared = shared
+    _shared = share
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to handle
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+
+
+@contextlib.contextmanager
+def _this_process(share):
+    """What a worker sees, in this process: the shared object and one torch thread (more would change sums)."""
+    global _shared
+    torch = sys.modules.get("torch")
+    threads = torch.get_num_threads() if torch else 1
+    _shared = share
+    try:
+        if torch:
+            torch.set_num_threads(1)
+        yield
+    finally:
+        _shared = None
+        if torch:
+            torch.set_num_threads(threads)
+        release()
 
 
 def shared():
@@ -202,22 +222,17 @@ def parallel(function, jobs: list[tuple], workers: int | None, label: str, unit:
     """[function(*job) for job in jobs] on several processes, with a progress bar; results in the order of the jobs.
 
     Processes are forked, so this works in notebooks and in scripts without a __main__ guard, and starts at once.
-    One worker means this process. An exception in a job is raised here, and the rest is cancelled.
+    One worker means this process. An exception in a job is raised here, and the other jobs are cancelled.
     """
-    global _shared
     _builder()  # imported before the fork: once instead of once per worker
     workers = min(workers or cores(), len(jobs))
     results: list = [None] * len(jobs)
     with tqdm(total=len(jobs), desc=label, unit=unit, disable=not progress, mininterval=0.3) as bar:
         if workers == 1:
-            _shared = share
-            try:
+            with _this_process(share):
                 for i, job in enumerate(jobs):
                     results[i] = function(*job)
                     bar.update()
-            finally:
-                _shared = None
-                release()
             return results
         fork = multiprocessing.get_context("fork")
         pool = ProcessPoolExecutor(workers, mp_context=fork, initializer=_start_worker, initargs=(share,))
@@ -226,6 +241,11 @@ def parallel(function, jobs: list[tuple], workers: int | None, label: str, unit:
             for done in as_completed(index):
                 results[index[done]] = done.result()
                 bar.update()
+        except UserError as error:
+            raise UserError(str(error)) from None  # without the worker's traceback
+        except BrokenProcessPool:
+            raise UserError(f"{label}: a process was killed, probably for want of memory; try fewer workers "
+                            f"(SAFERULE_WORKERS=1).") from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
     return results
