@@ -13,6 +13,8 @@ TORCH_INDEX ?=
 
 BIN := .venv/bin
 READY := .venv/ready
+# conftest.py keeps the notebooks in one process, in order, and their results out of the repository.
+NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout 120 --nbval-sanitize-with tests/nbval.cfg
 comma := ,
 empty :=
 space := $(empty) $(empty)
@@ -29,7 +31,7 @@ reproduce: $(READY)
 	@$(BIN)/saferule reproduce --profile='$(PROFILE)' --device='$(DEVICE)' --seeds='$(SEEDS)' --tasks='$(TASKS)' --cores='$(CORES)' -- $(FLAGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow" $(TEST_NOTEBOOKS) tests notebooks
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow" $(NBVAL) tests notebooks
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests

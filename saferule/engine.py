@@ -18,7 +18,7 @@ from .tasks import get_task
 
 def run(profile: str = "quick", device: str = "auto", seeds: str = "", tasks: str = "", cores: str = "",
         options: Sequence[str] = (), notebooks: Path | None = None) -> int:
-    """Runs what is out of date of a profile, in results/runs/<profile>; returns 0, or 1 if a notebook failed.
+    """Runs what is out of date of a profile, in results/runs/<profile>; returns 0, 1 if a notebook failed, or 2 if it met bad input.
 
     seeds, tasks: comma-separated, empty for the profile's. cores: processes at a time, empty for all. options: further
     options for Snakemake. notebooks: another folder than the repository's. Raises UserError for unknown values.
@@ -63,7 +63,7 @@ def snakemake(root: Path, cores: str, config: dict[str, str], options: Sequence[
                *options, "--config", *(f"{key}={value}" for key, value in config.items() if value)]
     log = root / "logs" / "engine.log"
     log.parent.mkdir(exist_ok=True)
-    told = False
+    told = bad_input = False
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace", preexec_fn=die_with_parent)
     try:
         with open(log, "w", encoding="utf-8") as file:
@@ -73,14 +73,16 @@ def snakemake(root: Path, cores: str, config: dict[str, str], options: Sequence[
                 if ours := line.startswith("saferule: ") or bool(options):
                     print(line, end="", file=sys.stderr, flush=True)
                 told |= ours
+                bad_input |= "non-zero exit status 2" in line
         code = process.wait()
-    except KeyboardInterrupt:                              # Ctrl-C reached Snakemake, too; it stops its notebooks
-        process.wait()
+    except KeyboardInterrupt:                              # Ctrl-C reached it, too; it stops its notebooks
+        process.communicate()
         raise
     if code and not told:
-        last = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()][-1:]
-        print(f"saferule: the engine failed: {' '.join(last)} (all it said: {relative(log)})", file=sys.stderr)
-    return 1 if code else 0
+        said = [line.strip() for line in log.read_text(encoding="utf-8").splitlines() if line.strip()] or ["nothing"]
+        error = next((line for line in said if "Exception" in line or "Error" in line), said[-1])
+        print(f"saferule: the engine stopped: {error} (all it said: {relative(log)})", file=sys.stderr)
+    return 2 if bad_input else 1 if code else 0
 
 
 def summary(root: Path) -> str:
