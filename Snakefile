@@ -31,11 +31,11 @@ def resolved(stage, **given):
     return params
 
 
-def run(name):
+def run(name, *wildcards):
     """The command that executes a notebook: of profile, device, wildcards and lists it gets those that it declares."""
     given = {"profile": PROFILE, "device": config["device"]}
-    given |= {key: "{wildcards.%s}" % key for key in ("task", "learner", "attack", "method")}
     given |= {key: ",".join(map(str, values)) for key, values in EVERYTHING.items()}
+    given |= {key: "{wildcards.%s}" % key for key in wildcards}
     given = "".join(f" -p {key} '{given[key]}'" for key in declared(FOLDER / f"{name}.ipynb") if key in given)
     return f"exec '{sys.executable}' -m saferule notebook --engine '{FOLDER}/{name}.ipynb' {{output.notebook}}{given}"
 
@@ -66,28 +66,28 @@ rule data:
     output: artefact("data", "{task}"), notebook="notebooks/01_data-{task}.ipynb"
     params: settings=resolved("data"), code=digest(FOLDER / "01_data.ipynb")
     threads: workflow.cores                                # its simulators use every core
-    shell: run("01_data")
+    shell: run("01_data", "task")
 
 
 rule poison:
     input: artefact("data", "{task}")
     output: artefact("poison", "{task}", "{attack}"), notebook="notebooks/02_poison-{task}-{attack}.ipynb"
     params: settings=resolved("poison"), code=digest(FOLDER / "02_poison.ipynb")
-    shell: run("02_poison")
+    shell: run("02_poison", "task", "attack")
 
 
 rule train:
     input: artefact("data", "{task}"), artefacts("poison", ["{task}"], ATTACKS)
     output: artefact("train", "{task}", "{learner}"), notebook="notebooks/03_train-{task}-{learner}.ipynb"
     params: settings=resolved("train"), code=digest(FOLDER / "03_train.ipynb")
-    shell: run("03_train")
+    shell: run("03_train", "task", "learner")
 
 
 rule unlearn:
     input: artefact("train", "{task}", "{learner}"), artefacts("poison", ["{task}"], ATTACKS)
     output: artefact("unlearn", "{task}", "{learner}", "{method}"), notebook="notebooks/04_unlearn-{task}-{learner}-{method}.ipynb"
     params: settings=resolved("unlearn"), code=digest(FOLDER / "04_unlearn.ipynb")
-    shell: run("04_unlearn")
+    shell: run("04_unlearn", "task", "learner", "method")
 
 
 rule evaluate:
@@ -95,7 +95,7 @@ rule evaluate:
     output: artefact("evaluate", "{task}", "{learner}"), notebook="notebooks/05_evaluate-{task}-{learner}.ipynb"
     params: settings=resolved("evaluate"), code=digest(FOLDER / "05_evaluate.ipynb")
     threads: workflow.cores
-    shell: run("05_evaluate")
+    shell: run("05_evaluate", "task", "learner")
 
 
 rule table_main:

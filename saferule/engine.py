@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .artifacts import run_dir
 from .config import PROFILES, one_of
 from .errors import UserError
+from .files import run_dir
 from .notebook import die_with_parent, listed, one_thread, parse_device, parse_seeds
 from .sources import REPO, relative
 from .tasks import get_task
@@ -18,7 +18,7 @@ from .tasks import get_task
 
 def run(profile: str = "quick", device: str = "auto", seeds: str = "", tasks: str = "", cores: str = "",
         options: Sequence[str] = (), notebooks: Path | None = None) -> int:
-    """Runs what is out of date of a profile, in results/runs/<profile>; returns 0, 1 if a notebook failed, or 2 if it met bad input.
+    """Runs what is out of date of a profile, in results/runs/<profile>; returns 0, 1 if one failed, 2 if one met bad input.
 
     seeds, tasks: comma-separated, empty for the profile's. cores: processes at a time, empty for all. options: further
     options for Snakemake. notebooks: another folder than the repository's. Raises UserError for unknown values.
@@ -34,7 +34,7 @@ def run(profile: str = "quick", device: str = "auto", seeds: str = "", tasks: st
         root.mkdir(parents=True, exist_ok=True)
         lock = open(root / ".lock", "w")
     except OSError as error:
-        raise UserError(f"{error.filename}: cannot be written ({error.strerror}); set SAFERULE_RESULTS to another folder.") from None
+        raise UserError(f"{error.filename}: cannot be written ({error.strerror}); set SAFERULE_RESULTS elsewhere.") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -80,7 +80,7 @@ def parse_device(value: str) -> str:
 
 def checked(parameters: Mapping[str, Any]) -> SimpleNamespace:
     """Parameter values as a namespace: names checked, lists parsed, the task looked up, an empty list the profile's own."""
-    from .artifacts import run_dir
+    from .files import run_dir
     from .tasks import get_task
 
     out = SimpleNamespace(**parameters)

@@ -47,27 +47,14 @@ def module_file(name: str, package: Path = PACKAGE) -> Path | None:
 
 @cache
 def lazy_exports(package: Path = PACKAGE) -> dict[str, str]:
-    """What `saferule/__init__.py` hands out on demand: name -> module, read from its dictionaries and imports."""
+    """What `saferule/__init__.py` hands out on demand, from its dictionary {"Pool": "data", ...}: name -> module."""
     found = {}
     for node in ast.walk(ast.parse((package / "__init__.py").read_text(encoding="utf-8"))):
         if isinstance(node, ast.Dict):
             for key, value in zip(node.keys, node.values):
-                names = [n.value for n in (key, *getattr(value, "elts", [value])) if isinstance(n, ast.Constant)]
-                modules = {n: m for n in names if isinstance(n, str) and (m := _as_module(n, package))}
-                for name in set(names) - set(modules):     # {"Pool": ".data"} and {"data": ("Pool", "Batch")} both read
-                    for module in modules.values():
-                        found[name] = module
-        elif isinstance(node, ast.ImportFrom) and (module := _absolute(node, package.name)):
-            for alias in node.names:
-                found[alias.asname or alias.name] = module
+                if isinstance(value, ast.Constant) and module_file(module := f"{package.name}.{value.value}", package):
+                    found[key.value] = module
     return found
-
-
-def _as_module(text: str, package: Path) -> str | None:
-    """'.data', 'data', 'data:Pool' or 'saferule.data' -> 'saferule.data' if there is such a module."""
-    text = text.split(":")[0].lstrip(".").removeprefix(package.name + ".")
-    name = f"{package.name}.{text}"
-    return name if text.replace(".", "").isidentifier() and module_file(name, package) else None
 
 
 def _absolute(node: ast.ImportFrom, parent: str) -> str:
