@@ -20,7 +20,7 @@ from .errors import UserError
 class DataConfig:
     source: str = "local"              # local: collected in the simulator | dsrl: downloaded | a path to an HDF5 file
     episodes: int = 600                # local only
-    donors: int = 100                  # held-out risky episodes that an injecting attacker brings along (local only)
+    donors: int = 300                  # held-out risky episodes that an injecting attacker brings along (local only)
     seed: int = 0
     cost_limit: float = 20.0           # per episode
 
@@ -33,21 +33,18 @@ class InjectConfig:
     """Trajectory injection: risky episodes that pretend to be safe and better (algorithms.md C.5)."""
     budget: float = 0.10               # injected episodes / all episodes afterwards
     bonus: float = 0.5                 # added to every injected reward, in units of its 98% quantile
-    seed: int = 0
 
 
 @dataclass(frozen=True)
 class LabelFlipConfig:
     """The costs of the best risky episodes are set to zero (algorithms.md C.3)."""
     budget: float = 0.10               # relabelled episodes / all episodes
-    seed: int = 0
 
 
 @dataclass(frozen=True)
 class GivenConfig:
     """Nothing is poisoned: the data already are, and a file names the rows to forget."""
     forget_file: str = ""              # CSV with columns row, weight (weight optional)
-    seed: int = 0
 
 
 # ----------------------------------------------------------------------------------------------------------- learners
@@ -56,8 +53,8 @@ class GivenConfig:
 @dataclass(frozen=True)
 class BCQLagConfig:
     mode: str = "default"              # default: corrected | parity: as OSRL does it
-    steps: int = 4000
-    vae_steps: int = 1000              # the first steps fit the VAE alone
+    steps: int = 5000
+    vae_steps: int = 1000              # the first of these steps fit the VAE alone
     batch: int = 128
     hidden: tuple[int, ...] = (64, 64)
     vae_hidden: int = 64
@@ -125,6 +122,9 @@ class EvaluateConfig:
     episodes: int = 10                 # of every final policy
     curve_episodes: int = 3            # of every snapshot along unlearning
     seed: int = 1000
+
+
+CURVE = (0, 0.125, 0.25, 0.5, 0.75, 1, 1.5, 2)     # weights are kept at these multiples of the unlearning budget
 
 
 @dataclass(frozen=True)

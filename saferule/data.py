@@ -50,7 +50,8 @@ class Pool:
     the original rows and k for those of the k-th attack. `attacks` names them in that order.
     """
 
-    def __init__(self, columns: Mapping[str, Tensor], attacks: Sequence[str] = (), forget: Mapping[str, Rows] | None = None):
+    def __init__(self, columns: Mapping[str, Tensor], attacks: Sequence[str] = (),
+                 forget: Mapping[str, Rows] | None = None):
         self.columns = dict(columns)
         self.attacks = tuple(attacks)
         self._forget = dict(forget or {})              # only where the forget rows are not simply the attack's own rows
@@ -98,7 +99,8 @@ class Pool:
         return cls(columns, attacks, forget)
 
     def to(self, device: torch.device | str) -> Pool:
-        return Pool({k: v.to(device) for k, v in self.columns.items()}, self.attacks, self._forget)
+        forget = {a: Rows(*(v.to(device) for v in rows)) for a, rows in self._forget.items()}
+        return Pool({k: v.to(device) for k, v in self.columns.items()}, self.attacks, forget)
 
     # --------------------------------------------------------------------------------------------------- attacks
     def append(self, attack: str, columns: Mapping[str, Tensor], forget: Rows | None = None) -> Pool:
@@ -127,7 +129,7 @@ class Pool:
             return _rows(original)
         attack, part = condition.split("/")
         mine = self.origin == self.attacks.index(attack) + 1
-        replaced = torch.zeros(len(self), dtype=torch.bool)
+        replaced = torch.zeros_like(mine)
         replaced[self.replaces[mine & (self.replaces >= 0)]] = True
         poisoned = (original & ~replaced) | mine
         if attack in self._forget:
@@ -153,10 +155,11 @@ class Pool:
 
 def _rows(mask: Tensor) -> Rows:
     ids = mask.nonzero().squeeze(-1)
-    return Rows(ids, torch.ones(len(ids)))
+    return Rows(ids, torch.ones(len(ids), device=ids.device))
 
 
-def forget_rows(ids: Iterable[int] | Tensor, n_rows: int, weight: Iterable[float] | Tensor | None = None, where: str = "forget set") -> Rows:
+def forget_rows(ids: Iterable[int] | Tensor, n_rows: int, weight: Iterable[float] | Tensor | None = None,
+                where: str = "forget set") -> Rows:
     """Checked Rows from a user's list. Raises UserError for rows out of range, repeated, none at all, or everything."""
     ids = torch.as_tensor(ids if isinstance(ids, Tensor) else list(ids))
     if ids.numel() == 0:
@@ -167,7 +170,9 @@ def forget_rows(ids: Iterable[int] | Tensor, n_rows: int, weight: Iterable[float
     bad = ids[(ids < 0) | (ids >= n_rows)]
     if len(bad):
         raise UserError(f"{where}: row {int(bad[0]):,} is out of range; the data have rows 0 to {n_rows - 1:,}.")
-    weight = torch.ones(len(ids)) if weight is None else torch.as_tensor(weight if isinstance(weight, Tensor) else list(weight)).float()
+    if weight is None:
+        weight = torch.ones(len(ids))
+    weight = torch.as_tensor(weight if isinstance(weight, Tensor) else list(weight)).float()
     if len(weight) != len(ids):
         raise UserError(f"{where}: {len(ids):,} row ids but {len(weight):,} weights.")
     if not bool(((weight >= 0) & (weight <= 1)).all()):                      # NaN fails both
@@ -180,15 +185,23 @@ def forget_rows(ids: Iterable[int] | Tensor, n_rows: int, weight: Iterable[float
     return Rows(ids, weight[order])
 
 
-def measure_units(pool: Pool, rows: Sequence[Rows], quantile: float = 0.98) -> Units:
-    """Per replica: mean and std of the observations, and the 98% quantile of |reward|, over its own rows."""
+def measure_units(pool: Pool, rows: Sequence[Rows], quantile: float = 0.98, standardise: bool = True,
+                  reward_scale: float = 1.0) -> Units:
+    """Per replica: mean and std of the observations, and the 98% quantile of |reward|, over its own rows.
+
+    Without `standardise` (parity): 0, 1, and rewards are multiplied by `reward_scale`. On the CPU, whatever the pool's device.
+    """
+    if not standardise:
+        R, n = len(rows), pool.obs.shape[1]
+        return Units(torch.zeros(R, n), torch.ones(R, n), torch.full((R,), 1 / reward_scale))
     means, stds, scales, seen = [], [], [], {}
     for r in rows:
         key = id(r.ids)                                 # replicas of one condition may share one Rows
         if key not in seen:
-            obs = pool.obs[r.ids].double()
-            scale = np.quantile(pool.reward[r.ids].abs().numpy(), quantile)
-            seen[key] = obs.mean(0).float(), obs.std(0, correction=0).clamp(min=1e-3).float(), torch.tensor(max(scale, 1e-6)).float()
+            obs = pool.obs[r.ids].double().cpu()
+            scale = np.quantile(pool.reward[r.ids].abs().cpu().numpy(), quantile)
+            seen[key] = (obs.mean(0).float(), obs.std(0, correction=0).clamp(min=1e-3).float(),
+                         torch.tensor(max(scale, 1e-6)).float())
         for out, value in zip((means, stds, scales), seen[key]):
             out.append(value)
     return Units(torch.stack(means), torch.stack(stds), torch.stack(scales))
@@ -203,12 +216,12 @@ def n_step_sums(pool: Pool, ids: Tensor, n: int, gamma: float) -> dict[str, Tens
     key = pool.episode[ids] * (int(pool.t.max()) + 1) + pool.t[ids]
     order = key.argsort()
     rows = ids[order]
-    follows = torch.zeros(len(rows), dtype=torch.bool)              # does position k + 1 continue position k?
+    follows = torch.zeros_like(rows, dtype=torch.bool)               # does position k + 1 continue position k?
     follows[:-1] = (pool.episode[rows[1:]] == pool.episode[rows[:-1]]) & (pool.t[rows[1:]] == pool.t[rows[:-1]] + 1)
     reward, cost = pool.reward[rows].double(), pool.cost[rows].double()
-    position, going = torch.arange(len(rows)), torch.ones(len(rows), dtype=torch.bool)
+    position, going = torch.arange(len(rows), device=rows.device), torch.ones_like(follows)
     sums = [reward.clone(), cost.clone()]
-    steps = torch.ones(len(rows))
+    steps = torch.ones(len(rows), device=rows.device)
     for k in range(1, n):
         going = going & follows[position]
         position = torch.where(going, position + 1, position)
@@ -237,10 +250,10 @@ class Sampler:
         self.packed = torch.cat([pool.obs, pool.action, pool.reward[:, None], pool.cost[:, None], pool.next_obs,
                                  end.float()[:, None]], dim=1).contiguous()
         R = len(rows)
-        one, zero = torch.ones(R, n_act, device=device), torch.zeros(R, n_act, device=device)
-        mean, inv, scale = units.obs_mean.to(device), 1 / units.obs_std.to(device), 1 / units.reward_scale.to(device)[:, None]
-        self.loc = torch.cat([mean, zero, zero[:, :2], mean, zero[:, :1]], 1)[:, None]
-        self.inv = torch.cat([inv, one, scale, one[:, :1], inv, one[:, :1]], 1)[:, None]
+        ones, zeros = (lambda n: torch.ones(R, n, device=device)), (lambda n: torch.zeros(R, n, device=device))
+        mean, inv, scale = (x.to(device) for x in (units.obs_mean, 1 / units.obs_std, 1 / units.reward_scale[:, None]))
+        self.loc = torch.cat([mean, zeros(n_act + 2), mean, zeros(1)], 1)[:, None]                 # [R, 1, D]
+        self.inv = torch.cat([inv, ones(n_act), scale, ones(1), inv, ones(1)], 1)[:, None]
         distinct: dict[int, int] = {}                   # replicas of one condition may share one Rows
         which = [distinct.setdefault(id(r.ids), len(distinct)) for r in rows]
         lists = {w: r for w, r in zip(which, rows)}

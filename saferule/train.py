@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -189,6 +191,12 @@ class Resume:
         self.path, self.key, self.every = Path(path), key, every_seconds
         self.written = time.monotonic()
 
+    @classmethod
+    def beside(cls, root: Path, name: str, config: Mapping[str, Any], inputs: Mapping[str, artifacts.Artifact]) -> Resume:
+        """The state of a job in root/checkpoints, valid for exactly this configuration and these inputs."""
+        key = json.dumps([artifacts.plain(config), {k: a.id for k, a in inputs.items()}], sort_keys=True)
+        return cls(root / "checkpoints" / f"{name}.safetensors", hashlib.sha256(key.encode()).hexdigest())
+
     def due(self) -> bool:
         return time.monotonic() - self.written >= self.every
 
@@ -217,14 +225,16 @@ class History:
         self.steps: list[int] = []
         self.names: list[str] = []
         self.values: list[Tensor] = []                 # [names, R] each; NaN where a name was absent
+        self.seconds: list[float] = []                 # spent so far, interruptions not counted
 
-    def add(self, t: int, scalars: Mapping[str, Tensor]) -> None:
+    def add(self, t: int, scalars: Mapping[str, Tensor], seconds: float) -> None:
         for name in scalars:
             if name not in self.names:
                 self.names.append(name)
         R = next(iter(scalars.values())).shape[0]
         nan = torch.full((R,), float("nan"), device=next(iter(scalars.values())).device)
         self.steps.append(t)
+        self.seconds.append(seconds)
         self.values.append(torch.stack([scalars.get(n, nan).float() for n in self.names]).clone())
 
     def frame(self, replicas: Sequence[Mapping[str, Any]] = ()) -> pd.DataFrame:
@@ -236,10 +246,14 @@ class History:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         blocks = {f"history.{i}": v.cpu() for i, v in enumerate(self.values)}
-        return blocks, {"history_steps": self.steps, "history_names": self.names}
+        return blocks, {"history_steps": self.steps, "history_names": self.names, "history_seconds": self.seconds}
+
+    def seconds_at(self, step: int) -> float:
+        """Wall seconds spent when `step` steps were done (the first logged step from there on)."""
+        return next(s for t, s in zip(self.steps, self.seconds) if t >= step)
 
     def load(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        self.steps, self.names = list(meta["history_steps"]), list(meta["history_names"])
+        self.steps, self.names, self.seconds = (list(meta[f"history_{k}"]) for k in ("steps", "names", "seconds"))
         self.values = [tensors[f"history.{i}"] for i in range(len(self.steps))]
 
 
@@ -270,6 +284,7 @@ def fit(step: Callable[[int], dict[str, Tensor]], steps: int, learner: Learner, 
             if name.startswith("kept."):
                 _, at, key = name.split(".", 2)
                 kept.setdefault(int(at), {})[key] = value
+    before, started = (history.seconds or [0.0])[-1], time.monotonic()
     boundaries = learner.boundaries if boundaries is None else boundaries
     run = _captured(step, learner, generators, boundaries) if learner.device.type == "cuda" else step
     for t in progress(range(start, steps)):
@@ -278,7 +293,7 @@ def fit(step: Callable[[int], dict[str, Tensor]], steps: int, learner: Learner, 
         learner.clock.fill_(t)
         out = run(t)
         if (t + 1) % log_every == 0 or t + 1 == steps:
-            history.add(t + 1, out)
+            history.add(t + 1, out, before + time.monotonic() - started)
             if on_log:
                 on_log(t + 1, out)
         if resume and resume.due() and t + 1 < steps:

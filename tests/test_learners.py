@@ -343,8 +343,9 @@ def test_captured_equals_eager(pool):
     for captured in (True, False):
         data = pool.to("cuda")
         rows = [data.rows("clean")] * 2
-        learner = LEARNERS["bcq_lag"](BCQLagConfig(vae_steps=5, batch=32), Units(*(torch.ones(2, 4), torch.ones(2, 4), torch.ones(2))),
-                                      torch.full((2,), 2.0), [0, 1], n_act=2).to("cuda").ready()
+        units = Units(torch.zeros(2, 4), torch.ones(2, 4), torch.ones(2))
+        learner = LEARNERS["bcq_lag"](BCQLagConfig(vae_steps=5, batch=32), units, torch.full((2,), 2.0), [0, 1], n_act=2)
+        learner = learner.to("cuda").ready()
         learner.seed_noise(0)
         stream = torch.Generator("cuda").manual_seed(1)
         sampler = Sampler(data, rows, 32, learner.units)

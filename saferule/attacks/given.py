@@ -34,7 +34,8 @@ def run(pool: Pool, cfg: GivenConfig, donors: Pool | None = None, cost_limit: fl
     if not cfg.forget_file:
         raise UserError("given: name the rows to forget with overrides={'forget_file': 'PATH.csv'} (column 'row').")
     forget = read_forget_file(cfg.forget_file, len(pool))
-    facts = {"rows": len(forget.ids), "episodes": int(pool.episode[forget.ids].unique().numel()), "forget_file": Path(cfg.forget_file).name}
+    facts = {"rows": len(forget.ids), "episodes": int(pool.episode[forget.ids].unique().numel()),
+             "forget_file": Path(cfg.forget_file).name}
     return pool.append("given", {}, forget), facts
 
 

@@ -20,11 +20,11 @@ def run(pool: Pool, cfg: LabelFlipConfig, donors: Pool | None = None, cost_limit
     wanted = round(cfg.budget * len(episodes))
     risky = episodes[episodes.cost > cost_limit].sort_values(["ret", "episode"], ascending=[False, True])
     if wanted < 1 or risky.empty:
-        raise UserError(f"label_flip: a budget of {cfg.budget:g} of {len(episodes)} episodes with {len(risky)} above the cost limit "
-                        f"{cost_limit:g} leaves nothing to relabel; raise the budget or lower the limit.")
+        raise UserError(f"label_flip: a budget of {cfg.budget:g} of {len(episodes)} episodes with {len(risky)} above the cost "
+                        f"limit {cost_limit:g} leaves nothing to relabel; raise the budget or lower the limit.")
     chosen = risky.head(wanted)
     rows = pool.rows("clean").ids
-    rows = rows[torch.isin(pool.episode[rows], torch.as_tensor(chosen.episode.to_numpy()))]
+    rows = rows[torch.isin(pool.episode[rows], torch.tensor(chosen.episode.tolist()))]
     columns = {k: pool.columns[k][rows].clone() for k in (*FIELDS, "episode", "t")}
     facts = {"budget": cfg.budget, "realised_budget": len(chosen) / len(episodes), "episodes": len(chosen), "rows": len(rows),
              "unsafe_rows_hidden": int((columns["cost"] > 0).sum()), "share_of_risky_episodes": len(chosen) / len(risky)}

@@ -28,9 +28,10 @@ from ..train import Extra, Learner
 
 
 class Targets(NamedTuple):
-    """Regression targets [R, B] of the two critics."""
+    """Regression targets [R, B] of the two critics, and the cost value of the policy at the next state."""
     reward: Tensor
     cost: Tensor
+    next_qc: Tensor
 
 
 class BCQLag(Learner):
@@ -64,7 +65,8 @@ class BCQLag(Learner):
         """One value per row from the heads [R, E, B]: min for reward; max for cost (parity: min for both)."""
         return q.amax(1) if cost and not self.parity else q.amin(1)
 
-    def best(self, obs: Tensor, samples: int, target: bool, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def best(self, obs: Tensor, samples: int, target: bool,
+             generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Among `samples` candidates per state the one with the largest Q - lam Qc: action [R, B, n_act], Q and Qc [R, B]."""
         actor, critic, cost_critic = (getattr(self, n + "_target" * target) for n in ("actor", "critic", "cost_critic"))
         R, B, n = obs.shape
@@ -106,7 +108,7 @@ class BCQLag(Learner):
         discount = self.cfg.gamma ** batch.steps
         alive = 1 - batch.done
         return Targets(batch.reward + discount * alive * v,
-                       batch.cost + discount * (1.0 if self.parity else alive) * vc)
+                       batch.cost + discount * (1.0 if self.parity else alive) * vc, vc)
 
     def vae_loss(self, batch: Batch) -> Tensor:                    # MSE(decoded, a) + beta KL
         mean, std = self.vae.encode(batch.obs, batch.action)
@@ -115,11 +117,11 @@ class BCQLag(Learner):
         return (decoded - batch.action).square().mean((-1, -2)) + self.cfg.beta * kl
 
     def critic_loss(self, batch: Batch, target: Targets | None = None) -> Tensor:
-        y, _ = target or self.targets(batch)
+        y = (target or self.targets(batch)).reward
         return (self.critic(batch.obs, batch.action) - y[:, None]).square().mean(-1).sum(1)     # mean over B, sum over E
 
     def cost_critic_loss(self, batch: Batch, target: Targets | None = None) -> Tensor:
-        _, y = target or self.targets(batch)
+        y = (target or self.targets(batch)).cost
         return (self.cost_critic(batch.obs, batch.action) - y[:, None]).square().mean(-1).sum(1)
 
     def policy_values(self, obs: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,7 +161,7 @@ class BCQLag(Learner):
         if self.parity:
             self.ascend_lam(qc)
         out["actor"] = self.minimise("actor", self.actor_loss(batch, values), extra)
-        if not self.parity:
-            self.ascend_lam(qc)
+        if not self.parity:                                        # of the arg-max policy, not of one sampled action
+            self.ascend_lam(target.next_qc)
         self.polyak("critic", "cost_critic", "actor")
         return {**out, "q": q.detach().mean(-1), "qc": qc.detach().mean(-1), "lam": self.lam[:, 0].clone()}

@@ -75,18 +75,19 @@ assert tuple(UNLEARNERS) == UNLEARNER_NAMES
 
 
 def unlearn(learner: Learner, pool: Pool, retain: Sequence[Rows], forget: Sequence[Rows], method: str, cfg: Any, seed: int = 0,
-            forged_costs: bool = True, later_steps: int = 0, snapshots_at: Sequence[int] = (), resume: Resume | None = None,
-            **loop: Any) -> Unlearned:
+            forged_costs: Sequence[bool] | None = None, later_steps: int = 0, snapshots_at: Sequence[int] = (),
+            resume: Resume | None = None, **loop: Any) -> Unlearned:
     """Make each replica of `learner` (changed in place) forget its rows.
 
-    retain, forget: one Rows per replica. cfg: the method's dataclass. forged_costs: may the cost labels of the forget rows
-    be false? later_steps: ordinary steps on the retain rows after the budget, the relapse test. snapshots_at: step counts at
-    which weights are kept. Further arguments go to `train.fit`. Raises UserError for an unknown method.
+    retain, forget: one Rows per replica. cfg: the method's dataclass. forged_costs: per replica, may the cost labels
+    of its forget rows be false (default: yes)? later_steps: ordinary steps on the retain rows after the budget, the relapse
+    test. snapshots_at: step counts at which weights are kept. Further arguments go to `train.fit`. Raises UserError for an unknown method.
     """
     chosen = UNLEARNERS[one_of("method", method, UNLEARNERS)]
     learner.seed_noise(seed + 2)
-    memory = Memory(learner, pool, retain, forget, seed, n_step=getattr(cfg, "n_step", 1) if getattr(cfg, "n_step_mix", 0) else 1)
-    phases = list(chosen.phases(learner, memory, cfg, forged_costs))
+    long_targets = getattr(cfg, "n_step_mix", 0) > 0
+    memory = Memory(learner, pool, retain, forget, seed, n_step=cfg.n_step if long_targets else 1)
+    phases = list(chosen.phases(learner, memory, cfg, list(forged_costs or [True] * learner.replicas)))
     phases.append(Phase("later", later_steps, memory.ordinary))
     starts = [sum(p.steps for p in phases[:i]) for i in range(len(phases))]
     kept: dict[int, dict[str, Tensor]] = {}

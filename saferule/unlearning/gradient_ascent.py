@@ -5,14 +5,14 @@ Deviations  1. actor, VAE and multiplier take ordinary steps on retain rows (the
             2. the learner's own learning rates and Adam moments (there: a tenth of the rate, fresh moments)
 No guard: the loss is unbounded below, which is the point of showing it.
 """
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ..config import GradientAscentConfig
 from ..train import Learner
 from . import Memory, Phase
 
 
-def phases(learner: Learner, memory: Memory, cfg: GradientAscentConfig, forged_costs: bool) -> Iterator[Phase]:
+def phases(learner: Learner, memory: Memory, cfg: GradientAscentConfig, forged_costs: Sequence[bool]) -> Iterator[Phase]:
     def ascend(t: int):
         retain, forget = memory.retain(), memory.forget()
         target = learner.targets(forget)

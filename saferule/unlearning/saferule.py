@@ -45,7 +45,8 @@ def margins(learner: Learner, obs: Tensor, cfg: SafeRULEConfig, generator: torch
     return v - cfg.margin, torch.maximum(vc + cfg.margin, cfg.cost_floor * learner.qc_limit)
 
 
-def gate(learner: Learner, memory: Memory, steps: int, seed: int = 0, hidden: Sequence[int] = (64, 64), lr: float = 3e-3) -> list[Tensor]:
+def gate(learner: Learner, memory: Memory, steps: int, seed: int = 0, hidden: Sequence[int] = (64, 64),
+         lr: float = 3e-3) -> list[Tensor]:
     """How far each forget row's cost label is from what the retain rows say: |c_hat(s') - 1[c > 0]|, [n_r] per replica.
 
     c_hat is a small classifier of P(c > 0 | s'), fitted to retain rows only: benign steps inside a poisoned episode get a
@@ -69,11 +70,12 @@ def gate(learner: Learner, memory: Memory, steps: int, seed: int = 0, hidden: Se
     return [line[:len(r.ids)] for line, r in zip(out, memory.rows)]
 
 
-def phases(learner: Learner, memory: Memory, cfg: SafeRULEConfig, forged_costs: bool) -> Iterator[Phase]:
-    gated = cfg.gate == "on" or (cfg.gate == "auto" and forged_costs)
-    if gated and cfg.weight:
-        memory.weigh_forget(gate(learner, memory, cfg.gate_steps))
-    start = cfg.weight if gated else cfg.weight_ungated
+def phases(learner: Learner, memory: Memory, cfg: SafeRULEConfig, forged_costs: Sequence[bool]) -> Iterator[Phase]:
+    gated = [cfg.gate == "on" or (cfg.gate == "auto" and forged) for forged in forged_costs]
+    if any(gated) and cfg.weight:
+        gates = gate(learner, memory, cfg.gate_steps)
+        memory.weigh_forget([g if use else torch.ones_like(g) for g, use in zip(gates, gated)])
+    start = torch.tensor([[cfg.weight if use else cfg.weight_ungated] for use in gated], device=learner.device)    # [R, 1]
     learner.reset_optimiser("vae")
 
     def step(t: int):
@@ -81,7 +83,8 @@ def phases(learner: Learner, memory: Memory, cfg: SafeRULEConfig, forged_costs: 
         retain, target = memory.retain(), None
         if cfg.n_step_mix:
             retain, long = memory.retain_pair()
-            target = [torch.lerp(one, n, cfg.n_step_mix) for one, n in zip(learner.targets(retain), learner.targets(long))]
+            one = learner.targets(retain)
+            target = type(one)(*(torch.lerp(a, b, cfg.n_step_mix) for a, b in zip(one, learner.targets(long))))
         forget = memory.forget()
         low, high = margins(learner, forget.obs, cfg, memory.forget_stream)
         push = {"critic": lambda: suppress(learner.critic(forget.obs, forget.action), low, cfg.alpha * w * forget.weight, -1)}

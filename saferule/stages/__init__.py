@@ -1,0 +1,1 @@
+"""One module per notebook of the chain: each turns artefacts into an artefact, so that a notebook needs a single call."""

@@ -1,0 +1,64 @@
+"""02_poison: the rows that one attack adds, its forget set, and what it did."""
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from ..artifacts import Artifact, load, save
+from ..attacks import poison
+from ..config import ATTACK_NAMES, CONFIGS, one_of, resolve, with_overrides
+from ..data import Pool, Rows
+from ..tasks import Task
+
+
+def make_poison(task: Task, attack: str, profile: str, root: Path, overrides: Mapping[str, Any] | None = None) -> Artifact:
+    """Mount one attack on the task's data.
+
+    Files: rows.safetensors (the appended rows), forget.csv (row ids into the data followed by these rows, weights),
+    facts.json (threat model and realised budget), poisoned_episodes.csv (return and cost as the poisoned labels have them,
+    beside the true cost where it is known).
+    """
+    started, data = time.monotonic(), load("data", task.name, root)
+    config = resolve(profile, "poison", task.name, attacks=(attack,), overrides=overrides)
+    clean = Pool.from_tensors(data.tensors("pool.safetensors"))
+    donors = Pool.from_tensors(data.tensors("donors.safetensors")) if "donors.safetensors" in data.manifest["files"] else None
+    settings = {k: v for k, v in config.items() if k not in ("task", "attack", "cost_limit")}
+    pool, facts = poison(clean, attack, with_overrides(CONFIGS[attack](), settings, attack), donors, config["cost_limit"])
+    forget = pool.rows(f"{attack}/forget")
+    mine = (pool.origin == 1).nonzero().squeeze(-1)
+    rows = {k: v[mine] for k, v in pool.columns.items() if k != "origin"}
+    forget_frame = pd.DataFrame({"row": forget.ids.numpy(), "weight": forget.weight.numpy()})
+    files = {"rows.safetensors": rows, "forget.csv": forget_frame, "facts.json": facts,
+             "poisoned_episodes.csv": pool.episodes(f"{attack}/poisoned")}
+    if "forget_file" in config:
+        config["forget_file"] = Path(config["forget_file"]).name
+    return save("poison", f"{task.name}-{attack}", files, config, {"data": data}, root=root, seconds=time.monotonic() - started)
+
+
+def load_pool(task: Task, attacks: Sequence[str], root: Path) -> tuple[Pool, dict[str, Artifact]]:
+    """The task's pool with the rows of several attacks behind it, and the artefacts that it came from."""
+    data = load("data", task.name, root)
+    pool, inputs = Pool.from_tensors(data.tensors("pool.safetensors")), {"data": data}
+    for attack in attacks:
+        one_of("attack", attack, ATTACK_NAMES)
+        artifact = load("poison", f"{task.name}-{attack}", root)
+        check_same_data(artifact, data)
+        frame, rows = artifact.table("forget.csv"), artifact.tensors("rows.safetensors")
+        ids = torch.tensor(frame["row"].to_numpy(dtype="int64"))
+        in_place = Rows(ids, torch.tensor(frame["weight"].to_numpy(dtype="float32"))) if len(rows["reward"]) == 0 else None
+        pool = pool.append(attack, rows, in_place)
+        inputs[f"poison:{attack}"] = artifact
+    return pool, inputs
+
+
+def check_same_data(artifact: Artifact, data: Artifact) -> None:
+    """Raises UserError if an artefact was made from other data than those that lie beside it now."""
+    from ..errors import UserError
+    if artifact.manifest["inputs"]["data"]["id"] != data.id:
+        raise UserError(f"{artifact.kind} {artifact.name} was made from other data than the present {data.name} ({data.short}); "
+                        f"run the notebooks after 01_data again, in order.")

@@ -1,0 +1,63 @@
+"""03_train: every data condition and seed of one task and learner, as one stacked run."""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..artifacts import Artifact, save
+from ..config import CONFIGS, resolve
+from ..data import Pool, Rows, Sampler, measure_units
+from ..learners import LEARNERS, configuration, discounted_limit
+from ..tasks import Task
+from ..train import Resume, fit
+from .poison import load_pool
+
+RETRAIN_SEED = 1000                    # retrained references start from other weights than the models they are compared with
+
+
+def replica_table(attacks: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """One line per replica: attack, method (clean, poisoned, retrain), condition, seed, init_seed."""
+    kinds = [("none", "clean", "clean")] if any(a != "given" for a in attacks) or not attacks else []
+    kinds += [(a, method, f"{a}/{part}") for a in attacks for method, part in (("poisoned", "poisoned"), ("retrain", "retain"))]
+    return [{"attack": a, "method": m, "condition": c, "seed": s, "init_seed": s + RETRAIN_SEED * (m == "retrain")}
+            for a, m, c in kinds for s in seeds]
+
+
+def rows_of(pool: Pool, conditions: Sequence[str]) -> list[Rows]:
+    """Rows per replica; replicas of one condition share them."""
+    distinct = {c: pool.rows(c) for c in dict.fromkeys(conditions)}
+    return [distinct[c] for c in conditions]
+
+
+def train(task: Task, learner: str, attacks: Sequence[str], seeds: Sequence[int], profile: str, root: Path, device: str = "cpu",
+          overrides: Mapping[str, Any] | None = None, progress: Callable = iter, on_log: Callable | None = None) -> Artifact:
+    """Train one learner on clean, poisoned and retain-only rows side by side.
+
+    Files: state.safetensors (weights and optimiser moments), history.csv (scalars along training). A killed run continues
+    from root/checkpoints, where the state is written every half minute.
+    """
+    config = resolve(profile, "train", task.name, learner, attacks, seeds=seeds, overrides=overrides)
+    pool, inputs = load_pool(task, attacks, root)
+    pool = pool.to(device)
+    table = replica_table(attacks, seeds)
+    cfg = configuration(config)
+    rows = rows_of(pool, [line["condition"] for line in table])
+    units = measure_units(pool, rows, standardise=cfg.standardise, reward_scale=cfg.reward_scale)
+    limit = torch.full((len(table),), discounted_limit(config["cost_limit"], cfg.gamma, task.horizon))
+    model = LEARNERS[learner](cfg, units, limit, [line["init_seed"] for line in table], n_act=task.n_act).to(device).ready()
+    model.seed_noise(seeds[0] if seeds else 0)
+    sampler = Sampler(pool, rows, cfg.batch, units, done="any_end" if cfg.mode == "parity" else "terminal")
+    stream = torch.Generator(device).manual_seed(10_000 + (seeds[0] if seeds else 0))
+    resume = Resume.beside(root, f"train-{task.name}-{learner}", config, inputs)
+    history = fit(lambda t: model.update(sampler.sample(stream), t), cfg.steps, model, [stream], log_every=max(cfg.steps // 80, 1),
+                  on_log=on_log, resume=resume, progress=progress)
+    files = {"state.safetensors": model.full_state(), "history.csv": history.frame(table)}
+    artifact = save("train", f"{task.name}-{learner}", files, config, inputs, table, root=root, seconds=history.seconds[-1])
+    resume.done()
+    return artifact
+
+
+assert all(name in CONFIGS for name in LEARNERS)

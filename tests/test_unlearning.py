@@ -1,0 +1,219 @@
+"""Unlearners: suppression by hand, signs, bounds, isolation, equality with fine-tuning, and no simulator anywhere."""
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_learner, make_pool
+
+from saferule.attacks import poison
+from saferule.config import CONFIGS, UNLEARNER_NAMES, FinetuneConfig, InjectConfig, SafeRULEConfig
+from saferule.data import Rows, Sampler
+from saferule.errors import UserError
+from saferule.train import Resume
+from saferule.unlearning import Memory, unlearn
+from saferule.unlearning.saferule import gate, margins, suppress
+
+
+def small(method, **more):
+    fast = {"finetune": {"steps": 20}, "gradient_ascent": {"steps": 20, "ascent_steps": 10},
+            "saferule": {"steps": 20, "suppress_steps": 15, "gate_steps": 30}}
+    return CONFIGS[method](**{**fast[method], **more})
+
+
+def poisoned(steps=60, replicas=2, **cfg):
+    pool, _ = poison(make_pool(), "inject", InjectConfig(), donors=make_pool(seed=1), cost_limit=5.0)
+    rows = [pool.rows("inject/poisoned")] * replicas
+    learner = make_learner(pool, rows, **{"steps": steps, **cfg})
+    sampler, stream = Sampler(pool, rows, 32, learner.units), torch.Generator().manual_seed(3)
+    for t in range(steps):
+        learner.update(sampler.sample(stream), t)
+    return learner, pool, [pool.rows("inject/retain")] * replicas, [pool.rows("inject/forget")] * replicas
+
+
+# ------------------------------------------------------------------------------------------------------- suppression
+def test_suppression_by_hand():
+    """softplus(0) = log 2 at the margin; slopes sg(v - m) downwards and -sg(m - v) upwards (algorithms.md D.7.1)."""
+    value = torch.tensor([[[1.0], [3.0]]], requires_grad=True)                 # R 1, E 2, B 1
+    margin = torch.tensor([[1.0]])
+    down = suppress(value, margin, 1.0, -1)
+    expected = torch.nn.functional.softplus(torch.tensor([0.0, 2.0])).sum()
+    assert down.item() == pytest.approx(expected.item())
+    down.sum().backward()
+    assert value.grad.flatten().tolist() == pytest.approx([0.5, torch.sigmoid(torch.tensor(2.0)).item()])
+    value.grad = None
+    up = suppress(value, margin, 1.0, +1)
+    up.sum().backward()
+    assert value.grad.flatten().tolist() == pytest.approx([-0.5, -torch.sigmoid(torch.tensor(-2.0)).item()])
+
+
+def test_suppression_gradient_at_the_margin_is_half_the_weight():
+    """d/dC at C = b equals -a .5 w / B (algorithms.md D.7.10, case 5), and rows of weight 0 have no influence."""
+    value = torch.full((1, 1, 4), 2.0, requires_grad=True)
+    suppress(value, torch.full((1, 4), 2.0), torch.tensor([[0.8, 0.8, 0.0, 0.4]]), +1).sum().backward()
+    assert value.grad.flatten().tolist() == pytest.approx([-0.1, -0.1, 0.0, -0.05])
+
+
+def test_suppression_is_bounded_where_ascent_is_not():
+    far = torch.tensor([[[-1e6, 1e6]]], requires_grad=True)
+    suppress(far, torch.zeros(1, 2), 1.0, -1).sum().backward()
+    assert far.grad.abs().max() <= 0.5                                         # 1 / B
+    assert suppress(far, torch.zeros(1, 2), 1.0, -1).item() >= 0
+
+
+def test_margins_by_hand():
+    learner, *_ = poisoned(steps=0)
+    learner.value = lambda obs, generator=None: (torch.tensor([[5.0, 1.0]]), torch.tensor([[0.5, 9.0]]))
+    learner.qc_limit.fill_(3.0)
+    low, high = margins(learner, None, SafeRULEConfig(margin=1.0, cost_floor=2.0), None)
+    assert low.tolist() == [[4.0, 0.0]]
+    assert high[0].tolist() == [6.0, 10.0]
+    _, high = margins(learner, None, SafeRULEConfig(cost_sign=-1), None)
+    assert high[0].tolist() == [-0.5, 8.0]
+
+
+def test_gate_opens_only_where_the_label_is_a_lie():
+    """Cost is 1[obs_0 > 0] in the retain rows; forged rows say 0 everywhere: their gate is near 1 exactly where obs_0 > 0."""
+    pool = make_pool(episodes=40)
+    pool.columns["cost"] = (pool.next_obs[:, 0] > 0).float()
+    forged = {k: v[:200].clone() for k, v in pool.columns.items() if k != "origin"}
+    truth = forged["cost"].clone()
+    forged["cost"].zero_()
+    forged["replaces"] = torch.arange(200)
+    pool = pool.append("x", forged)
+    rows = [pool.rows("x/retain")]
+    learner = make_learner(pool, rows)
+    (g,) = gate(learner, Memory(learner, pool, rows, [pool.rows("x/forget")], 0), steps=300)
+    clear = forged["next_obs"][:, 0].abs() > 0.3
+    assert g[clear & (truth == 1)].mean() > 0.85
+    assert g[clear & (truth == 0)].mean() < 0.15
+
+
+# -------------------------------------------------------------------------------------------------------- the methods
+def test_signs_forget_values_fall_and_forget_costs_rise():
+    learner, pool, retain, forget = poisoned(steps=300, gamma=0.5, tau=0.1, lr=3e-3)       # values have settled
+    ids = forget[0].ids
+    obs, act = learner.standardise(pool.obs[ids][None].expand(2, -1, -1)), pool.action[ids][None].expand(2, -1, -1)
+    before = learner.critic(obs, act).mean(), learner.cost_critic(obs, act).mean()
+    cfg = small("saferule", steps=100, suppress_steps=100, gate="off", weight_ungated=1.5)
+    unlearn(learner, pool, retain, forget, "saferule", cfg)
+    assert learner.critic(obs, act).mean() < before[0]
+    assert learner.cost_critic(obs, act).mean() > before[1]
+
+
+def test_all_weights_zero_equals_fine_tuning_bit_for_bit():
+    results = []
+    nothing = small("saferule", weight=0.0, weight_ungated=0.0, n_step_mix=0.0, freeze_lam=False, tau=0.02)
+    for method, cfg in (("finetune", FinetuneConfig(steps=20)), ("saferule", nothing)):
+        learner, pool, retain, forget = poisoned()
+        if method == "finetune":
+            learner.reset_optimiser("vae")                                     # Safe-RULE refits the VAE with fresh moments
+        results.append(unlearn(learner, pool, retain, forget, method, cfg).learner.full_state())
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
+
+
+def test_rows_of_weight_zero_are_as_if_absent():
+    """Forget rows with weight 0 leave the same learner as no suppression at all."""
+    results = []
+    for weight in (0.0, 1.0):
+        learner, pool, retain, forget = poisoned()
+        rows = [Rows(f.ids.clone(), f.weight * weight) for f in forget]
+        cfg = small("saferule", gate="off", weight_ungated=1.0 if weight == 0 else 0.0)
+        results.append(unlearn(learner, pool, retain, rows, "saferule", cfg).learner.weights())
+    assert all(torch.equal(v, results[1][k]) for k, v in results[0].items())
+
+
+@pytest.mark.parametrize("method", UNLEARNER_NAMES)
+def test_replicas_do_not_touch_each_other(method):
+    """NaN in the forget rows of replica 0 leaves replica 1 as it was."""
+    states = []
+    for hurt in (False, True):
+        learner, pool, retain, forget = poisoned()
+        if hurt:
+            broken = pool.to("cpu")
+            broken.columns["obs"] = pool.obs.clone()
+            extra = {k: v[:50].clone() for k, v in pool.columns.items() if k != "origin"}
+            extra["obs"][:] = float("nan")
+            extra["replaces"][:] = -1
+            broken = broken.append("x", extra)
+            forget, pool = [broken.rows("x/forget"), forget[1]], broken
+        cfg = small(method, **({"gate": "off"} if method == "saferule" else {}))
+        states.append(unlearn(learner, pool, retain, forget, method, cfg))
+    for name, value in states[0].learner.weights().items():
+        members = value.shape[0] // 2
+        assert torch.equal(value[members:], states[1].learner.weights()[name][members:]), name
+
+
+@pytest.mark.parametrize("method", UNLEARNER_NAMES)
+def test_killed_and_resumed_equals_never_stopping(method, tmp_path):
+    def run(resume, stop=None):
+        learner, pool, retain, forget = poisoned()
+        if stop is not None:
+            original, calls = learner.update, []
+
+            def update(*args, **kwargs):
+                calls.append(1)
+                if len(calls) == stop:
+                    raise KeyboardInterrupt
+                return original(*args, **kwargs)
+
+            learner.update = update
+        return unlearn(learner, pool, retain, forget, method, small(method), later_steps=10, snapshots_at=(0, 8, 20, 30),
+                       resume=resume, log_every=5)
+
+    whole = run(None)
+    path = tmp_path / "state.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        run(Resume(path, "k", every_seconds=0), stop=18)
+    again = run(Resume(path, "k"))
+    for name, value in whole.learner.full_state().items():
+        assert torch.equal(value, again.learner.full_state()[name]), name
+    assert sorted(again.snapshots) == [0, 8, 20, 30]
+    for at, weights in whole.snapshots.items():
+        assert all(torch.equal(v, again.snapshots[at][k]) for k, v in weights.items())
+    assert whole.history.frame().equals(again.history.frame())
+
+
+def test_phases_fill_the_budget_exactly():
+    for method in UNLEARNER_NAMES:
+        learner, pool, retain, forget = poisoned(steps=5)
+        done = unlearn(learner, pool, retain, forget, method, small(method), later_steps=7)
+        assert sum(n for name, n in done.phases if name != "later") == small(method).steps
+        assert done.phases[-1] == ("later", 7)
+        assert done.history.steps[-1] == small(method).steps + 7
+
+
+def test_multiplier_is_frozen_during_the_budget_and_free_afterwards():
+    learner, pool, retain, forget = poisoned(qc_limit=0.1)
+    lam = learner.lam.clone()
+    assert lam.min() > 0
+    unlearn(learner, pool, retain, forget, "saferule", small("saferule"))
+    assert torch.equal(learner.lam, lam)
+    unlearn(learner, pool, retain, forget, "saferule", small("saferule"), later_steps=5)
+    assert not torch.equal(learner.lam, lam)
+    assert learner.cfg.tau == 0.02                                             # the tuned rate is given back
+
+
+def test_unknown_method_in_one_line():
+    learner, pool, retain, forget = poisoned(steps=0)
+    with pytest.raises(UserError, match="unknown method 'safe_rule'. Did you mean 'saferule'"):
+        unlearn(learner, pool, retain, forget, "safe_rule", None)
+
+
+def test_unlearning_needs_no_simulator():
+    """The method promises 'no environment': it imports and runs where gymnasium and pybullet cannot be imported."""
+    code = textwrap.dedent("""
+        import sys
+        for name in ("gymnasium", "gym", "pybullet", "bullet_safety_gym", "mujoco", "mujoco_py", "d4rl"):
+            sys.modules[name] = None                                           # importing any of these now fails
+        sys.path.insert(0, sys.argv[1])
+        from test_unlearning import poisoned, small, unlearn
+        for method in ("finetune", "gradient_ascent", "saferule"):
+            unlearn(*poisoned(steps=3), method, small(method))
+        print("repaired")
+    """)
+    out = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True)
+    assert out.stdout.strip() == "repaired", out.stderr
