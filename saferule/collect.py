@@ -252,6 +252,16 @@ def draw(ranges: dict, rng: np.random.Generator) -> dict[str, float]:
     return p
 
 
+def fast_and_steady(ranges: dict) -> dict:
+    """An attacker drives well: the upper third of the speeds, the lower third of the noise."""
+    def third(name: str, value):
+        if not isinstance(value, tuple) or name not in ("v", "sigma"):
+            return value
+        low, high = value
+        return (high - (high - low) / 3, high) if name == "v" else (low, low + (high - low) / 3)
+    return {name: third(name, value) for name, value in ranges.items()}
+
+
 def deal(quota: dict[str, float], episodes: int, rng: np.random.Generator) -> list[str]:
     """A kind per episode: shares exact up to rounding (largest remainder), order shuffled."""
     share = {kind: q * episodes for kind, q in quota.items()}
@@ -268,7 +278,8 @@ def run_episode(task: Task, kind: str, entropy: tuple[int, ...]) -> dict[str, np
     build, common, kinds = PLANS[task.name]
     for attempt in range(100):
         rng = np.random.default_rng((*entropy, attempt))
-        p = draw(common | kinds[kind][1], rng)
+        ranges = common | kinds["risky" if kind == "attacker" else kind][1]
+        p = draw(fast_and_steady(ranges) if kind == "attacker" else ranges, rng)
         env = simulator.make(task, int(rng.integers(2**31)))
         control = build(p)
         noise = rng.normal(size=(task.horizon, task.n_act)) * (0.714 * p["sigma"])
@@ -302,7 +313,7 @@ def collect(task: str | Task, episodes: int, seed: int, mix: str = "default", wo
             progress: bool = True) -> dict[str, np.ndarray]:
     """Collect `episodes` episodes on all cores; the same bytes for the same (task, episodes, seed, mix).
 
-    `mix="risky"` gives risky episodes only, from a random stream of their own: the attacker's rollouts.
+    `mix="risky"` gives an attacker's rollouts: risky episodes only, fast and steady ones, from a random stream of their own.
     Returns obs [N, n_obs], action [N, n_act], reward, cost, next_obs (float32), terminal, timeout (bool), episode by
     episode in order. Raises UserError for a task without controllers, an unknown mix, or no episodes.
     """
@@ -314,7 +325,7 @@ def collect(task: str | Task, episodes: int, seed: int, mix: str = "default", wo
         raise UserError(f"unknown mix '{mix}'; known: {', '.join(STREAMS)}.")
     if episodes < 1:
         raise UserError(f"collect needs at least 1 episode, got {episodes}.")
-    kinds = {kind: quota for kind, (quota, _) in PLANS[task.name][2].items()} if mix == "default" else {"risky": 1.0}
+    kinds = {kind: quota for kind, (quota, _) in PLANS[task.name][2].items()} if mix == "default" else {"attacker": 1.0}
     entropy = (int(seed), STREAMS[mix], list(TASKS).index(task.name))
     dealt = deal(kinds, episodes, np.random.default_rng(entropy))
     jobs = [(task, kind, (*entropy, e)) for e, kind in enumerate(dealt)]

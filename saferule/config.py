@@ -20,7 +20,7 @@ from .errors import UserError
 class DataConfig:
     source: str = "local"              # local: collected in the simulator | dsrl: downloaded | a path to an HDF5 file
     episodes: int = 600                # local only
-    donors: int = 300                  # held-out risky episodes that an injecting attacker brings along (local only)
+    donors: int = 100                  # held-out risky episodes that an injecting attacker brings along (local only)
     seed: int = 0
     cost_limit: float = 20.0           # per episode
 
