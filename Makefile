@@ -31,10 +31,10 @@ reproduce: $(READY)
 	@$(BIN)/saferule reproduce --profile='$(PROFILE)' --device='$(DEVICE)' --seeds='$(SEEDS)' --tasks='$(TASKS)' --cores='$(CORES)' -- $(FLAGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow" $(NBVAL) tests notebooks
+	$(BIN)/python -m pytest -q -n 2 -m "not slow" $(NBVAL) tests notebooks
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests
+	$(BIN)/python -m pytest -q -n 2 tests
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks

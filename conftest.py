@@ -15,8 +15,14 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.update(SAFERULE_RESULTS=folder, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For --dist loadgroup: a file's tests stay together, and all notebooks run one after the other: each needs its forerunners."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("notebooks" if item.path.suffix == ".ipynb" else item.path.name))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """pytest-xdist: a file's tests share a process, and so do all notebooks, one after the other: each needs its forerunners."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return "notebooks" if file.startswith("notebooks/") else file
+
+    return Files(config, log)
