@@ -10,7 +10,7 @@ from pathlib import Path
 
 from saferule import config as settings
 from saferule.notebook import declared, listed, parse_seeds
-from saferule.sources import NOTEBOOKS, digest
+from saferule.sources import NOTEBOOKS, PRESENTATION, digest
 
 PROFILE = config["profile"]
 PRESET = settings.PROFILES[PROFILE]
@@ -29,6 +29,16 @@ def resolved(stage, **given):
             values["attacks"] = (values.pop("attack"),)
         return json.dumps(settings.resolve(PROFILE, stage, **values), sort_keys=True)
     return params
+
+
+def code(name):
+    """A digest of the notebook and of every module behind it."""
+    return digest(FOLDER / f"{name}.ipynb")
+
+
+def stage_code(name):
+    """The same for a notebook that makes what others need: how its results are drawn does not count."""
+    return digest(FOLDER / f"{name}.ipynb", without=PRESENTATION)
 
 
 def run(name, *wildcards):
@@ -58,13 +68,13 @@ rule all:
 
 rule start:
     output: notebook="notebooks/00_start_here.ipynb"
-    params: settings=resolved("start"), code=digest(FOLDER / "00_start_here.ipynb")
+    params: settings=resolved("start"), code=code("00_start_here")
     shell: run("00_start_here")
 
 
 rule data:
     output: artefact("data", "{task}"), notebook="notebooks/01_data-{task}.ipynb"
-    params: settings=resolved("data"), code=digest(FOLDER / "01_data.ipynb")
+    params: settings=resolved("data"), code=stage_code("01_data")
     threads: workflow.cores                                # its simulators use every core
     shell: run("01_data", "task")
 
@@ -72,28 +82,28 @@ rule data:
 rule poison:
     input: artefact("data", "{task}")
     output: artefact("poison", "{task}", "{attack}"), notebook="notebooks/02_poison-{task}-{attack}.ipynb"
-    params: settings=resolved("poison"), code=digest(FOLDER / "02_poison.ipynb")
+    params: settings=resolved("poison"), code=stage_code("02_poison")
     shell: run("02_poison", "task", "attack")
 
 
 rule train:
     input: artefact("data", "{task}"), artefacts("poison", ["{task}"], ATTACKS)
     output: artefact("train", "{task}", "{learner}"), notebook="notebooks/03_train-{task}-{learner}.ipynb"
-    params: settings=resolved("train"), code=digest(FOLDER / "03_train.ipynb")
+    params: settings=resolved("train"), code=stage_code("03_train")
     shell: run("03_train", "task", "learner")
 
 
 rule unlearn:
     input: artefact("train", "{task}", "{learner}"), artefacts("poison", ["{task}"], ATTACKS)
     output: artefact("unlearn", "{task}", "{learner}", "{method}"), notebook="notebooks/04_unlearn-{task}-{learner}-{method}.ipynb"
-    params: settings=resolved("unlearn"), code=digest(FOLDER / "04_unlearn.ipynb")
+    params: settings=resolved("unlearn"), code=stage_code("04_unlearn")
     shell: run("04_unlearn", "task", "learner", "method")
 
 
 rule evaluate:
     input: artefact("train", "{task}", "{learner}"), artefacts("unlearn", ["{task}"], ["{learner}"], METHODS)
     output: artefact("evaluate", "{task}", "{learner}"), notebook="notebooks/05_evaluate-{task}-{learner}.ipynb"
-    params: settings=resolved("evaluate"), code=digest(FOLDER / "05_evaluate.ipynb")
+    params: settings=resolved("evaluate"), code=stage_code("05_evaluate")
     threads: workflow.cores
     shell: run("05_evaluate", "task", "learner")
 
@@ -101,12 +111,12 @@ rule evaluate:
 rule table_main:
     input: artefacts("evaluate", TASKS, LEARNERS)
     output: "tables/T1_main.csv", notebook="notebooks/10_table_main.ipynb"
-    params: settings=resolved("table"), code=digest(FOLDER / "10_table_main.ipynb")
+    params: settings=resolved("table"), code=code("10_table_main")
     shell: run("10_table_main")
 
 
 rule figures:
     input: artefacts("evaluate", TASKS, LEARNERS), artefacts("poison", TASKS, ATTACKS)
     output: notebook="notebooks/20_figures.ipynb"
-    params: settings=resolved("figures"), code=digest(FOLDER / "20_figures.ipynb")
+    params: settings=resolved("figures"), code=code("20_figures")
     shell: run("20_figures")

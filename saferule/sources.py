@@ -19,6 +19,8 @@ NOTEBOOKS = REPO / "notebooks"
 # config: the engine compares the resolved settings instead. The others check, show and start; no number passes through them.
 NOT_COUNTED = frozenset({"saferule", "saferule.config", "saferule.errors", "saferule.notebook", "saferule.sources",
                          "saferule.cli", "saferule.__main__"})
+# These draw, print and mirror what a stage has made: an edit to them redoes tables and figures, but trains nothing again.
+PRESENTATION = frozenset({"saferule.report", "saferule.figures", "saferule.sketches", "saferule.tracking"})
 
 
 def relative(path: Path) -> str:
@@ -108,14 +110,17 @@ def _without_magics(code: str) -> str:
 
 
 @cache
-def closure(modules: frozenset[str], package: Path = PACKAGE) -> tuple[str, ...]:
-    """`modules` and every module of the package that they import in turn, sorted; parents' __init__ files included."""
+def closure(modules: frozenset[str], package: Path = PACKAGE, without: frozenset[str] = frozenset()) -> tuple[str, ...]:
+    """`modules` and every module of the package that they import in turn, sorted; parents' __init__ files included.
+
+    Those in `without` and in NOT_COUNTED are left out, with what only they import.
+    """
     seen: set[str] = set()
     todo = set(modules)
     while todo:
         name = todo.pop()
         path = module_file(name, package)
-        if name in seen or path is None or name in NOT_COUNTED:
+        if path is None or name in seen | NOT_COUNTED | without:
             continue
         seen.add(name)
         parent = name if path.name == "__init__.py" else name.rpartition(".")[0]
@@ -123,10 +128,10 @@ def closure(modules: frozenset[str], package: Path = PACKAGE) -> tuple[str, ...]
     return tuple(sorted(seen))
 
 
-def digest(notebook: Path, package: Path = PACKAGE) -> str:
+def digest(notebook: Path, package: Path = PACKAGE, without: frozenset[str] = frozenset()) -> str:
     """12 hex digits over the code cells of `notebook` (not its outputs) and the sources of the modules behind it."""
     cells = [source for source, _ in read_cells(notebook)]
-    modules = closure(frozenset().union(*(imports(source, package=package) for source in cells)), package)
+    modules = closure(frozenset().union(*(imports(source, package=package) for source in cells)), package, without)
     total = hashlib.sha256("\0".join(cells).encode())
     for name in modules:
         total.update(name.encode() + b"\0" + module_file(name, package).read_bytes())

@@ -15,7 +15,7 @@ from test_cli import write_notebook
 
 from saferule import engine
 from saferule.config import PROFILES
-from saferule.sources import PACKAGE, closure, digest, imports, lazy_exports
+from saferule.sources import PACKAGE, PRESENTATION, closure, digest, imports, lazy_exports
 
 LISTS = 'task = "BallRun"\nlearner = "bcq_lag"\nattacks = ""\nmethod = "saferule"\nseeds = "0,1"\ndevice = "cpu"'
 PARAMETERS = {"00_start_here": "", "01_data": 'task = "BallRun"', "02_poison": 'task = "BallRun"\nattack = "inject"',
@@ -174,6 +174,13 @@ def package(tmp_path):
 ])
 def test_modules_behind_a_notebook(package, code, expected):
     assert closure(frozenset(imports(code, package=package)), package) == tuple(sorted(f"saferule.{m}" for m in expected.split()))
+
+
+def test_drawing_is_left_out_of_a_stage(package):
+    behind = frozenset({"saferule.report", "saferule.tasks"})
+    assert closure(behind, package) == ("saferule.data", "saferule.report", "saferule.tasks")
+    assert closure(behind, package, PRESENTATION) == ("saferule.tasks",)
+    assert all((PACKAGE.parent / name.replace(".", "/")).with_suffix(".py").exists() for name in PRESENTATION)
 
 
 def test_digest_follows_code_and_modules_only(package, tmp_path):
