@@ -163,11 +163,14 @@ PROFILES: dict[str, Profile] = {
     "smoke": Profile(
         tasks=("BallRun",), seeds=(0, 1), note="smoke run, not a result",
         config={
-            "data": {"episodes": 200, "donors": 30},
-            "bcq_lag": {"steps": 700, "vae_steps": 200, "batch": 64},
-            "finetune": {"steps": 70},
-            "gradient_ascent": {"steps": 70, "ascent_steps": 35},
-            "saferule": {"steps": 70, "suppress_steps": 50, "gate_steps": 100},
+            "data": {"episodes": 200, "donors": 60},
+            "inject": {"budget": 0.2},                     # so few steps need more poison than the 10% of longer runs
+            "label_flip": {"budget": 0.15},
+            "bcq_lag": {"steps": 900, "vae_steps": 200, "batch": 64, "hidden": (32, 32), "vae_hidden": 32, "lr": 3e-3,
+                        "tau": 0.1, "lr_lam": 0.05, "lam_max": 0.75},
+            "finetune": {"steps": 90},
+            "gradient_ascent": {"steps": 90, "ascent_steps": 45},
+            "saferule": {"steps": 90, "suppress_steps": 60, "gate_steps": 100, "tau": 0.1},
             "evaluate": {"episodes": 3, "curve_episodes": 1},
         }),
     "quick": Profile(tasks=("BallCircle",), seeds=(0, 1, 2)),
