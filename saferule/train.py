@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import dataclasses
 import hashlib
 import json
@@ -21,6 +22,18 @@ from .data import Batch, Units
 from .errors import UserError
 
 Extra = Mapping[str, Callable[[], Tensor]]             # loss name -> further term [R], added before the step
+
+
+def prepare_process() -> None:
+    """One torch thread, and freed memory kept by the process: several processes run side by side, and the allocator's
+    habit of returning each large buffer to the system costs a third of a training step (page faults)."""
+    torch.set_num_threads(1)
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30)                      # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 1 << 30)                      # M_TRIM_THRESHOLD
+    except (OSError, AttributeError):                  # another C library: slower, not wrong
+        pass
 
 
 class Learner(nn.Module):

@@ -12,7 +12,7 @@ from ..config import CONFIGS, resolve
 from ..data import Pool, Rows, Sampler, measure_units
 from ..learners import LEARNERS, configuration, discounted_limit
 from ..tasks import Task
-from ..train import Resume, fit
+from ..train import Resume, fit, prepare_process
 from .poison import load_pool
 
 RETRAIN_SEED = 1000                    # retrained references start from other weights than the models they are compared with
@@ -39,6 +39,7 @@ def train(task: Task, learner: str, attacks: Sequence[str], seeds: Sequence[int]
     Files: state.safetensors (weights and optimiser moments), history.csv (scalars along training). A killed run continues
     from root/checkpoints, where the state is written every half minute.
     """
+    prepare_process()
     config = resolve(profile, "train", task.name, learner, attacks, seeds=seeds, overrides=overrides)
     pool, inputs = load_pool(task, attacks, root)
     pool = pool.to(device)

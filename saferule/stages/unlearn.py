@@ -10,7 +10,7 @@ from ..config import CONFIGS, CURVE, resolve, with_overrides
 from ..errors import UserError
 from ..learners import restore
 from ..tasks import Task
-from ..train import Resume
+from ..train import Resume, prepare_process
 from ..unlearning import unlearn as run_unlearning
 from .poison import check_same_data, load_pool
 from .train import rows_of
@@ -24,6 +24,7 @@ def unlearn(task: Task, learner: str, attacks: Sequence[str], method: str, seeds
     Files: state.safetensors (weights at the end of the budget), snapshots.safetensors ('<step>/<name>', along the budget and
     as many further ordinary steps on the retain rows), history.csv. No simulator is used, nor needed.
     """
+    prepare_process()
     config = resolve(profile, "unlearn", task.name, learner, attacks, method, seeds, overrides)
     trained = load("train", f"{task.name}-{learner}", root)
     pool, inputs = load_pool(task, attacks, root)

@@ -81,7 +81,8 @@ def unlearn(learner: Learner, pool: Pool, retain: Sequence[Rows], forget: Sequen
 
     retain, forget: one Rows per replica. cfg: the method's dataclass. forged_costs: per replica, may the cost labels
     of its forget rows be false (default: yes)? later_steps: ordinary steps on the retain rows after the budget, the relapse
-    test. snapshots_at: step counts at which weights are kept. Further arguments go to `train.fit`. Raises UserError for an unknown method.
+    test. snapshots_at: step counts at which weights are kept. Further arguments go to `train.fit`. Raises UserError for an
+    unknown method.
     """
     chosen = UNLEARNERS[one_of("method", method, UNLEARNERS)]
     learner.seed_noise(seed + 2)
