@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
 
     download = commands.add_parser("download", help="fetch a task's DSRL or D4RL file")
     download.add_argument("task")
-    download.add_argument("--to", type=Path, help="folder (default: data/ beside the package)")
+    download.add_argument("--to", type=Path, help="folder (default: results/downloads, where 01_data looks)")
     return main
 
 
@@ -100,19 +100,17 @@ def check(args: argparse.Namespace) -> int:
 
 
 def verify(args: argparse.Namespace) -> int:
-    from .artifacts import load
-    folder = args.path.parent if args.path.name == "manifest.json" else args.path
-    folder = folder.absolute()
-    artefact = load(folder.parent.name, folder.name, folder.parent.parent.parent)
+    from .artifacts import verify as compare
+    artefact = compare(args.path.parent if args.path.name == "manifest.json" else args.path)
     print(f"{args.path}: {artefact.kind} {artefact.name}, {artefact.short}: every file matches its hash")
     return 0
 
 
 def download(args: argparse.Namespace) -> int:
+    from .files import results_dir
     from .hdf5 import download as fetch
-    from .sources import REPO
     from .tasks import get_task
-    print(fetch(get_task(args.task), args.to or REPO / "data"))
+    print(fetch(get_task(args.task), args.to or results_dir() / "downloads"))
     return 0
 
 

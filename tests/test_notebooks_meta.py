@@ -9,7 +9,7 @@ import yaml
 
 from saferule.config import PROFILES
 from saferule.notebook import declared
-from saferule.sources import NOTEBOOKS, REPO, digest, read_cells
+from saferule.sources import NOTEBOOKS, PRESENTATION, REPO, closure, digest, imports, read_cells
 
 NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
 NEEDED = {"01_data": {"task"}, "02_poison": {"task", "attack"}, "03_train": {"task", "learner", "attacks", "seeds", "device"},
@@ -46,6 +46,13 @@ def test_first_call_is_begin_with_the_notebooks_own_name(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_digest_can_be_taken(name):
     assert re.fullmatch("[0-9a-f]{12}", digest(NOTEBOOKS / f"{name}.ipynb"))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name[:2] in ("01", "02", "03")])
+def test_training_does_not_depend_on_unlearning(name):
+    """So an edit to an unlearner redoes 04 and what follows it, nothing before."""
+    behind = closure(frozenset().union(*(imports(source) for source, _ in read_cells(NOTEBOOKS / f"{name}.ipynb"))), without=PRESENTATION)
+    assert behind and not [module for module in behind if module.startswith(("saferule.unlearning", "saferule.evaluate"))]
 
 
 def test_environment_yml_is_in_step_with_pyproject():
