@@ -128,11 +128,14 @@ def closure(modules: frozenset[str], package: Path = PACKAGE, without: frozenset
     return tuple(sorted(seen))
 
 
+def modules_behind(notebook: Path, package: Path = PACKAGE, without: frozenset[str] = frozenset()) -> tuple[str, ...]:
+    """`closure` of what the code cells of `notebook` import."""
+    return closure(frozenset().union(*(imports(source, package=package) for source, _ in read_cells(notebook))), package, without)
+
+
 def digest(notebook: Path, package: Path = PACKAGE, without: frozenset[str] = frozenset()) -> str:
     """12 hex digits over the code cells of `notebook` (not its outputs) and the sources of the modules behind it."""
-    cells = [source for source, _ in read_cells(notebook)]
-    modules = closure(frozenset().union(*(imports(source, package=package) for source in cells)), package, without)
-    total = hashlib.sha256("\0".join(cells).encode())
-    for name in modules:
+    total = hashlib.sha256("\0".join(source for source, _ in read_cells(notebook)).encode())
+    for name in modules_behind(notebook, package, without):
         total.update(name.encode() + b"\0" + module_file(name, package).read_bytes())
     return total.hexdigest()[:12]

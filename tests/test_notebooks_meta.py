@@ -9,7 +9,7 @@ import yaml
 
 from saferule.config import PROFILES
 from saferule.notebook import declared
-from saferule.sources import NOTEBOOKS, PRESENTATION, REPO, closure, digest, imports, read_cells
+from saferule.sources import NOTEBOOKS, PRESENTATION, REPO, digest, modules_behind, read_cells
 
 NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
 NEEDED = {"01_data": {"task"}, "02_poison": {"task", "attack"}, "03_train": {"task", "learner", "attacks", "seeds", "device"},
@@ -51,7 +51,7 @@ def test_digest_can_be_taken(name):
 @pytest.mark.parametrize("name", [name for name in NAMES if name[:2] in ("01", "02", "03")])
 def test_training_does_not_depend_on_unlearning(name):
     """So an edit to an unlearner redoes 04 and what follows it, nothing before."""
-    behind = closure(frozenset().union(*(imports(source) for source, _ in read_cells(NOTEBOOKS / f"{name}.ipynb"))), without=PRESENTATION)
+    behind = modules_behind(NOTEBOOKS / f"{name}.ipynb", without=PRESENTATION)
     assert behind and not [module for module in behind if module.startswith(("saferule.unlearning", "saferule.evaluate"))]
 
 
