@@ -13,7 +13,7 @@ from saferule.tasks import get_task
 
 @pytest.fixture
 def poisoned():
-    pool, _ = poison(make_pool(), "inject", InjectConfig(), donors=make_pool(seed=1), cost_limit=10.0)
+    pool, *_ = poison(make_pool(), "inject", InjectConfig(), donors=make_pool(seed=1), cost_limit=10.0)
     return poison(pool, "label_flip", LabelFlipConfig(), cost_limit=10.0)[0]
 
 
