@@ -329,5 +329,5 @@ def collect(task: str | Task, episodes: int, seed: int, mix: str = "default", wo
     entropy = (int(seed), STREAMS[mix], list(TASKS).index(task.name))
     dealt = deal(kinds, episodes, np.random.default_rng(entropy))
     jobs = [(task, kind, (*entropy, e)) for e, kind in enumerate(dealt)]
-    parts = simulator.parallel(run_episode, jobs, workers, f"collect {task.name}", "episode", progress)
+    parts = simulator.parallel(run_episode, jobs, workers, f"collect {task.name}", progress)
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}

@@ -110,7 +110,7 @@ def evaluate(policy: Policy, task: str | Task, episodes: int, seed: int = 0, wor
         raise UserError(f"evaluate needs at least 1 episode, got {episodes}.")
     blocks = np.array_split(np.arange(episodes), -(-episodes // BLOCK))
     jobs = [(task, r, b.tolist(), i, seed) for r in range(policy.replicas) for i, b in enumerate(blocks)]
-    parts = simulator.parallel(_block, jobs, workers, f"evaluate {task.name}", "rollout", progress, _on_cpu(policy))
+    parts = simulator.parallel(_block, jobs, workers, f"evaluate {task.name}", progress, _on_cpu(policy))
     return Returns(*(np.concatenate(column).reshape(policy.replicas, episodes) for column in zip(*parts)))
 
 

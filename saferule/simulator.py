@@ -32,6 +32,7 @@ import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from saferule.errors import UserError  # noqa: E402
+from saferule.notebook import progress as progress_bar  # noqa: E402
 from saferule.tasks import Task  # noqa: E402
 
 _idle: list[int] = []  # PyBullet connections of this process, free to be reset and used again
@@ -218,7 +219,7 @@ def shared():
     return _shared
 
 
-def parallel(function, jobs: list[tuple], workers: int | None, label: str, unit: str, progress: bool, share=None) -> list:
+def parallel(function, jobs: list[tuple], workers: int | None, label: str, progress: bool, share=None) -> list:
     """[function(*job) for job in jobs] on several processes, with a progress bar; results in the order of the jobs.
 
     Processes are forked, so this works in notebooks and in scripts without a __main__ guard, and starts at once.
@@ -227,7 +228,7 @@ def parallel(function, jobs: list[tuple], workers: int | None, label: str, unit:
     _builder()  # imported before the fork: once instead of once per worker
     workers = min(workers or cores(), len(jobs))
     results: list = [None] * len(jobs)
-    with tqdm(total=len(jobs), desc=label, unit=unit, disable=not progress, mininterval=0.3) as bar:
+    with progress_bar(desc=label, total=len(jobs)) if progress else tqdm(disable=True) as bar:
         if workers == 1:
             with _this_process(share):
                 for i, job in enumerate(jobs):

@@ -27,6 +27,7 @@ def evaluate(task: Task, learner: str, methods: Sequence[str], profile: str, roo
     """
     started, config = time.monotonic(), resolve(profile, "evaluate", task.name, learner, overrides=overrides)
     trained = load("train", f"{task.name}-{learner}", root)
+    config["cost_limit"] = trained.config["cost_limit"]
     unlearned = {m: load("unlearn", f"{task.name}-{learner}-{m}", root) for m in methods}
     for method, artifact in unlearned.items():
         if artifact.manifest["inputs"]["train"]["id"] != trained.id:

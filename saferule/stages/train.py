@@ -42,6 +42,7 @@ def train(task: Task, learner: str, attacks: Sequence[str], seeds: Sequence[int]
     prepare_process()
     config = resolve(profile, "train", task.name, learner, attacks, seeds=seeds, overrides=overrides)
     pool, inputs = load_pool(task, attacks, root)
+    config["cost_limit"] = inputs["data"].config["cost_limit"]
     pool = pool.to(device)
     table = replica_table(attacks, seeds)
     cfg = configuration(config)
