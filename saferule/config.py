@@ -68,7 +68,7 @@ class BCQLagConfig:
     act_samples: int = 10              # candidate actions when acting
     heads: int = 2                     # of each critic
     lr_lam: float = 2e-3               # multiplier: projected dual ascent ...
-    lam_max: float = 1.5               # ... with a cap
+    lam_max: float = 1.0               # ... with a cap
     adapt_lam: bool = True             # off: the multiplier stays as it is
     lmbda: float = 0.75                # parity: weight of the smaller head group in a target
     pid: tuple[float, float, float] = (0.1, 0.003, 0.001)      # parity: KP, KI, KD
@@ -188,13 +188,7 @@ PROFILES: dict[str, Profile] = {
         }),
 }
 TASK_CONFIG: dict[str, dict[str, dict[str, Any]]] = {          # diffs by task, under those of the profile
-    "BallRun": {"bcq_lag": {"lam_max": 1.0}},
-    "CarRun": {"data": {"episodes": 400}, "bcq_lag": {"lam_max": 1.0}},
-    "CarCircle": {"data": {"episodes": 400}},
-    "DroneRun": {"data": {"episodes": 400}, "bcq_lag": {"lam_max": 1.0}},
-    "DroneCircle": {"data": {"episodes": 400}},
-    "AntRun": {"data": {"episodes": 400}, "bcq_lag": {"lam_max": 1.0}},
-    "AntCircle": {"data": {"episodes": 400}},
+    task: {"data": {"episodes": 400}} for task in BULLET if not task.startswith("Ball")
 }
 
 

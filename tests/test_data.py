@@ -2,10 +2,10 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_pool
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import make_pool
 from saferule.attacks import ATTACKS, poison
 from saferule.config import InjectConfig, LabelFlipConfig
 from saferule.data import FIELDS, Pool, Rows, Sampler, Units, forget_rows, measure_units, n_step_sums
@@ -36,8 +36,8 @@ def test_episodes_end_at_terminals_and_timeouts():
 
 
 def both(pool, donors=None):
-    pool, flip = poison(pool, "label_flip", LabelFlipConfig(), cost_limit=5.0)
-    return (*poison(pool, "inject", InjectConfig(), donors=donors, cost_limit=5.0), flip)
+    pool, flip, _ = poison(pool, "label_flip", LabelFlipConfig(), cost_limit=5.0)
+    return (*poison(pool, "inject", InjectConfig(), donors=donors, cost_limit=5.0)[:2], flip)
 
 
 def test_conditions_select_exactly_the_rows_they_claim():
@@ -65,7 +65,7 @@ def test_conditions_select_exactly_the_rows_they_claim():
 @settings(max_examples=15, deadline=None)
 def test_label_flip_changes_costs_alone_and_keeps_its_budget(seed, budget):
     clean = make_pool(seed=seed)
-    pool, facts = poison(clean, "label_flip", LabelFlipConfig(budget=budget), cost_limit=5.0)
+    pool, facts, truth = poison(clean, "label_flip", LabelFlipConfig(budget=budget), cost_limit=5.0)
     rows = pool.rows("label_flip/forget").ids
     old = pool.replaces[rows]
     for name in (*FIELDS, "episode", "t"):
@@ -77,6 +77,7 @@ def test_label_flip_changes_costs_alone_and_keeps_its_budget(seed, budget):
     table = clean.episodes().set_index("episode")
     risky = table[table.cost > 5]
     assert chosen == set(risky.nlargest(facts["episodes"], "ret").index)      # the best risky ones
+    assert truth.set_index("episode").true_cost.to_dict() == table.cost[sorted(chosen)].to_dict()
     assert torch.equal(torch.stack([pool.columns[k][:len(clean)].float().sum() for k in FIELDS]),
                        torch.stack([clean.columns[k].float().sum() for k in FIELDS]))
 
@@ -85,7 +86,7 @@ def test_label_flip_changes_costs_alone_and_keeps_its_budget(seed, budget):
 @settings(max_examples=15, deadline=None)
 def test_injection_appends_true_dynamics_with_false_labels(seed, budget, bonus):
     clean, donors = make_pool(seed=seed), make_pool(seed=seed + 1000)
-    pool, facts = poison(clean, "inject", InjectConfig(budget=budget, bonus=bonus), donors=donors, cost_limit=5.0)
+    pool, facts, truth = poison(clean, "inject", InjectConfig(budget=budget, bonus=bonus), donors=donors, cost_limit=5.0)
     rows = pool.rows("inject/forget").ids
     wanted = round(20 * budget / (1 - budget))
     assert facts["episodes"] == wanted == pool.episode[rows].unique().numel()
@@ -93,6 +94,10 @@ def test_injection_appends_true_dynamics_with_false_labels(seed, budget, bonus):
     assert pool.episode[rows].min() > clean.episode.max()
     assert (pool.replaces[rows] == -1).all()
     assert (pool.cost[rows] == 0).all()
+    table = donors.episodes()
+    assert sorted(truth.true_ret) == sorted(table[table.cost > 5].nlargest(wanted, "ret").ret)     # the best donors
+    forged = pool.episodes("inject/forget").set_index("episode").ret
+    assert np.allclose(forged[truth.episode] - 25 * facts["reward_bonus"], truth.true_ret, atol=1e-3)
     known = {tuple(o.tolist()): i for i, o in enumerate(donors.obs)}
     source = torch.tensor([known[tuple(o.tolist())] for o in pool.obs[rows]])
     for name in ("action", "next_obs", "terminal", "timeout", "t"):
@@ -119,7 +124,7 @@ def test_attacks_refuse_what_cannot_be_done():
 
 
 def test_a_pool_survives_its_tensors():
-    pool, _ = poison(make_pool(), "label_flip", LabelFlipConfig(), cost_limit=5.0)
+    pool, _, _ = poison(make_pool(), "label_flip", LabelFlipConfig(), cost_limit=5.0)
     pool = pool.append("given", {}, Rows(torch.arange(5), torch.linspace(0, 1, 5)))
     again = Pool.from_tensors(pool.tensors(), pool.attacks)
     for condition in pool.conditions():
@@ -132,7 +137,7 @@ def test_a_given_forget_file(tmp_path):
     clean = make_pool()
     path = tmp_path / "forget.csv"
     path.write_text("row,weight\n7,0.5\n3,1\n")
-    pool, facts = poison(clean, "given", GivenConfig(forget_file=str(path)))
+    pool, facts, _ = poison(clean, "given", GivenConfig(forget_file=str(path)))
     rows = pool.rows("given/forget")
     assert rows.ids.tolist() == [3, 7]
     assert rows.weight.tolist() == [1.0, 0.5]

@@ -18,7 +18,8 @@ from saferule.stages.unlearn import unlearn
 from saferule.tasks import get_task
 
 TASK, ATTACKS, SEEDS = get_task("BallRun"), ("inject", "label_flip"), (0, 1)
-TINY = {"data": {"episodes": 40, "donors": 16}, "train": {"steps": 30, "vae_steps": 10, "batch": 16, "hidden": [8], "vae_hidden": 8},
+TINY = {"data": {"episodes": 40, "donors": 16},
+        "train": {"steps": 30, "vae_steps": 10, "batch": 16, "hidden": [8], "vae_hidden": 8},
         "saferule": {"steps": 10, "suppress_steps": 6, "gate_steps": 5}, "finetune": {"steps": 10}}
 
 
@@ -205,7 +206,7 @@ def test_unknown_names_and_settings_are_refused_with_the_nearest_match():
             (lambda: settings.resolve("quik", "data", "BallRun"), "unknown profile 'quik'. Did you mean 'quick'"),
             (lambda: settings.resolve("quick", "train", "BallRun", "bcq_lg"), "unknown learner 'bcq_lg'. Did you mean 'bcq_lag'"),
             (lambda: settings.resolve("quick", "unlearn", "BallRun", method="finetun"), "unknown method 'finetun'. Did you mean"),
-            (lambda: settings.resolve("quick", "train", "BallRun", overrides={"step": 3}), "unknown setting of bcq_lag 'step'. Did you"),
+            (lambda: settings.resolve("quick", "train", "BallRun", overrides={"step": 3}), "unknown setting of bcq_lag 'step'. Did"),
             (lambda: settings.resolve("quick", "train", "BallRun", overrides={"steps": "3"}), "steps must be of type int"),
             (lambda: settings.resolve("quick", "train", "BallRun", overrides={"steps": True}), "steps must be of type int"),
             (lambda: settings.resolve("quick", "train", "BallRun", overrides={"hidden": 3}), "must be a list")):
@@ -218,8 +219,8 @@ def test_a_setting_reaches_only_the_stages_that_use_it():
                                                   seeds=(0,), **more)
     assert base("data", overrides={"episodes": 5}) != base("data")
     assert "episodes" not in base("train")
-    assert settings.resolve("quick", "train", "BallRun")["lam_max"] == 1.0
-    assert settings.resolve("quick", "train", "BallCircle")["lam_max"] == 1.5
+    assert settings.resolve("quick", "data", "CarRun")["episodes"] == 400
+    assert settings.resolve("quick", "data", "BallRun")["episodes"] == 600
     assert settings.resolve("smoke", "train", "BallRun")["steps"] < settings.resolve("quick", "train", "BallRun")["steps"]
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_learner, make_pool
 
+from conftest import make_learner, make_pool
 from saferule.attacks import poison
 from saferule.config import CONFIGS, UNLEARNER_NAMES, FinetuneConfig, InjectConfig, SafeRULEConfig
 from saferule.data import Rows, Sampler
@@ -24,7 +24,7 @@ def small(method, **more):
 
 
 def poisoned(steps=60, replicas=2, **cfg):
-    pool, _ = poison(make_pool(), "inject", InjectConfig(), donors=make_pool(seed=1), cost_limit=5.0)
+    pool, _, _ = poison(make_pool(), "inject", InjectConfig(), donors=make_pool(seed=1), cost_limit=5.0)
     rows = [pool.rows("inject/poisoned")] * replicas
     learner = make_learner(pool, rows, **{"steps": steps, **cfg})
     sampler, stream = Sampler(pool, rows, 32, learner.units), torch.Generator().manual_seed(3)

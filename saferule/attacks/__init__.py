@@ -5,8 +5,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import pandas as pd
+
 from ..config import one_of
 from ..data import Pool
+
+Result = tuple[Pool, dict[str, Any], pd.DataFrame]     # what `poison` returns
 
 
 @dataclass(frozen=True)
@@ -23,19 +27,26 @@ class Threat:
 @dataclass(frozen=True)
 class Attack:
     threat: Threat
-    run: Callable[..., tuple[Pool, dict[str, Any]]]     # (pool, cfg, donors=, cost_limit=) -> (pool with the rows, facts)
+    run: Callable[..., Result]         # (pool, cfg, donors=, cost_limit=), returns as `poison`
     sentence: str                                       # what it does, for a reader
 
 
-def poison(pool: Pool, attack: str, cfg: Any, donors: Pool | None = None, cost_limit: float = 20.0) -> tuple[Pool, dict[str, Any]]:
+def poison(pool: Pool, attack: str, cfg: Any, donors: Pool | None = None,
+           cost_limit: float = 20.0) -> Result:
     """Append the rows of `attack` to `pool`.
 
-    Returns the new pool and a dictionary of facts: threat model, realised budget, number of rows and episodes touched.
+    Returns the new pool; a dictionary of facts (threat model, realised budget, number of rows and episodes touched); and what
+    really happened in the forged episodes: episode, true_ret, true_cost. Nothing downstream but drawings may use the last.
     Raises UserError if the attack is unknown or cannot be mounted on these data.
     """
     chosen = ATTACKS[one_of("attack", attack, ATTACKS)]
-    poisoned, facts = chosen.run(pool, cfg, donors=donors, cost_limit=cost_limit)
-    return poisoned, {"attack": attack, "threat": asdict(chosen.threat), **facts}
+    poisoned, facts, truth = chosen.run(pool, cfg, donors=donors, cost_limit=cost_limit)
+    return poisoned, {"attack": attack, "threat": asdict(chosen.threat), **facts}, truth
+
+
+def truth_of(episodes: pd.DataFrame) -> pd.DataFrame:
+    """Episodes of honest labels as the third return value of `poison`."""
+    return episodes[["episode", "ret", "cost"]].rename(columns={"ret": "true_ret", "cost": "true_cost"}).reset_index(drop=True)
 
 
 from . import given, inject, label_flip  # noqa: E402  (they need Attack and Threat)

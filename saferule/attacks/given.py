@@ -2,14 +2,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from ..config import GivenConfig
 from ..data import Pool, Rows, forget_rows
 from ..errors import UserError
-from . import Attack, Threat
+from . import Attack, Result, Threat, truth_of
 
 
 def read_forget_file(path: str | Path, n_rows: int) -> Rows:
@@ -30,13 +29,13 @@ def read_forget_file(path: str | Path, n_rows: int) -> Rows:
     return forget_rows(frame["row"].to_numpy(dtype="int64"), n_rows, weight, where=str(path))
 
 
-def run(pool: Pool, cfg: GivenConfig, donors: Pool | None = None, cost_limit: float = 20.0) -> tuple[Pool, dict[str, Any]]:
+def run(pool: Pool, cfg: GivenConfig, donors: Pool | None = None, cost_limit: float = 20.0) -> Result:
     if not cfg.forget_file:
         raise UserError("given: name the rows to forget with overrides={'forget_file': 'PATH.csv'} (column 'row').")
     forget = read_forget_file(cfg.forget_file, len(pool))
     facts = {"rows": len(forget.ids), "episodes": int(pool.episode[forget.ids].unique().numel()),
              "forget_file": Path(cfg.forget_file).name}
-    return pool.append("given", {}, forget), facts
+    return pool.append("given", {}, forget), facts, truth_of(pool.episodes().head(0))
 
 
 ATTACK = Attack(Threat(fields=(), unit="row", knowledge="none", placement="in place", tier="unknown", goal="unsafe"), run,

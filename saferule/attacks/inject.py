@@ -5,18 +5,16 @@ are the best of held-out risky rollouts (`donors`) by return; without any, the b
 """
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 
 from ..config import InjectConfig
 from ..data import FIELDS, Pool
 from ..errors import UserError
-from . import Attack, Threat
+from . import Attack, Result, Threat, truth_of
 
 
-def run(pool: Pool, cfg: InjectConfig, donors: Pool | None = None, cost_limit: float = 20.0) -> tuple[Pool, dict[str, Any]]:
+def run(pool: Pool, cfg: InjectConfig, donors: Pool | None = None, cost_limit: float = 20.0) -> Result:
     """Appends round(n budget / (1 - budget)) episodes to n, those of highest true return above the cost limit.
 
     Their reward += bonus x the 98% quantile of |reward|, their cost := 0.
@@ -41,7 +39,9 @@ def run(pool: Pool, cfg: InjectConfig, donors: Pool | None = None, cost_limit: f
     columns["reward"] += bonus
     columns["episode"] = int(pool.episode.max()) + 1 + torch.searchsorted(chosen, columns["episode"])
     columns["replaces"] = torch.full((len(rows),), -1, dtype=torch.int64)
-    return pool.append("inject", columns), facts
+    truth = truth_of(best.sort_values("episode"))
+    truth["episode"] = columns["episode"].unique().numpy()                     # their numbers in this pool
+    return pool.append("inject", columns), facts, truth
 
 
 ATTACK = Attack(Threat(fields=FIELDS, unit="trajectory", knowledge="held-out rollouts", placement="appended", tier="T2",

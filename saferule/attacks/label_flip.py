@@ -4,17 +4,15 @@ The attacker edits one column. The copies stand in for the originals, so the dat
 """
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from ..config import LabelFlipConfig
 from ..data import FIELDS, Pool
 from ..errors import UserError
-from . import Attack, Threat
+from . import Attack, Result, Threat, truth_of
 
 
-def run(pool: Pool, cfg: LabelFlipConfig, donors: Pool | None = None, cost_limit: float = 20.0) -> tuple[Pool, dict[str, Any]]:
+def run(pool: Pool, cfg: LabelFlipConfig, donors: Pool | None = None, cost_limit: float = 20.0) -> Result:
     """Costs := 0 in the round(budget x episodes) episodes of highest return among those above the cost limit."""
     episodes = pool.episodes("clean")
     wanted = round(cfg.budget * len(episodes))
@@ -30,7 +28,7 @@ def run(pool: Pool, cfg: LabelFlipConfig, donors: Pool | None = None, cost_limit
              "unsafe_rows_hidden": int((columns["cost"] > 0).sum()), "share_of_risky_episodes": len(chosen) / len(risky)}
     columns["cost"].zero_()
     columns["replaces"] = rows
-    return pool.append("label_flip", columns), facts
+    return pool.append("label_flip", columns), facts, truth_of(chosen)
 
 
 ATTACK = Attack(Threat(fields=("cost",), unit="trajectory", knowledge="data", placement="in place", tier="T2", goal="unsafe"), run,

@@ -20,21 +20,23 @@ def make_poison(task: Task, attack: str, profile: str, root: Path, overrides: Ma
     """Mount one attack on the task's data.
 
     Files: rows.safetensors (the appended rows), forget.csv (row ids into the data followed by these rows, weights),
-    facts.json (threat model and realised budget), poisoned_episodes.csv (return and cost as the poisoned labels have them,
-    beside the true cost where it is known).
+    facts.json (threat model and realised budget), poisoned_episodes.csv (ret and cost as the poisoned labels have them;
+    for forged episodes also true_ret and true_cost, what really happened, where it is known).
     """
     started, data = time.monotonic(), load("data", task.name, root)
     config = resolve(profile, "poison", task.name, attacks=(attack,), overrides=overrides)
+    config["cost_limit"] = data.config["cost_limit"]          # the one that the data were made with, also where it is the user's
     clean = Pool.from_tensors(data.tensors("pool.safetensors"))
     donors = Pool.from_tensors(data.tensors("donors.safetensors")) if "donors.safetensors" in data.manifest["files"] else None
     settings = {k: v for k, v in config.items() if k not in ("task", "attack", "cost_limit")}
-    pool, facts = poison(clean, attack, with_overrides(CONFIGS[attack](), settings, attack), donors, config["cost_limit"])
+    pool, facts, truth = poison(clean, attack, with_overrides(CONFIGS[attack](), settings, attack), donors, config["cost_limit"])
+    episodes = pool.episodes(f"{attack}/poisoned").merge(truth, on="episode", how="left")
     forget = pool.rows(f"{attack}/forget")
     mine = (pool.origin == 1).nonzero().squeeze(-1)
     rows = {k: v[mine] for k, v in pool.columns.items() if k != "origin"}
     forget_frame = pd.DataFrame({"row": forget.ids.numpy(), "weight": forget.weight.numpy()})
     files = {"rows.safetensors": rows, "forget.csv": forget_frame, "facts.json": facts,
-             "poisoned_episodes.csv": pool.episodes(f"{attack}/poisoned")}
+             "poisoned_episodes.csv": episodes}
     if "forget_file" in config:
         config["forget_file"] = Path(config["forget_file"]).name
     return save("poison", f"{task.name}-{attack}", files, config, {"data": data}, root=root, seconds=time.monotonic() - started)
