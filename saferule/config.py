@@ -113,6 +113,13 @@ class SafeRULEConfig:
     freeze_lam: bool = True            # the multiplier stays as the checkpoint has it during the budget
 
 
+@dataclass(frozen=True)
+class FinetuneNStepConfig(SafeRULEConfig):
+    """Safe-RULE without its suppression: fine-tuning with n-step targets and faster target networks, the fair baseline."""
+    weight: float = 0.0
+    weight_ungated: float = 0.0
+
+
 # ------------------------------------------------------------------------------------------------- evaluation, verdicts
 
 
@@ -139,11 +146,11 @@ CONFIGS: dict[str, type] = {
     "data": DataConfig, "evaluate": EvaluateConfig, "thresholds": Thresholds,
     "inject": InjectConfig, "label_flip": LabelFlipConfig, "given": GivenConfig,
     "bcq_lag": BCQLagConfig,
-    "finetune": FinetuneConfig, "gradient_ascent": GradientAscentConfig, "saferule": SafeRULEConfig,
+    "finetune": FinetuneConfig, "finetune_nstep": FinetuneNStepConfig, "gradient_ascent": GradientAscentConfig, "saferule": SafeRULEConfig,
 }
 ATTACK_NAMES = ("inject", "label_flip", "given")
 LEARNER_NAMES = ("bcq_lag",)
-UNLEARNER_NAMES = ("finetune", "gradient_ascent", "saferule")        # 'retrain' is the retain condition of the training run
+UNLEARNER_NAMES = ("finetune", "finetune_nstep", "gradient_ascent", "saferule")        # 'retrain' is the retain condition of the training run
 STAGES = ("start", "data", "poison", "train", "unlearn", "evaluate", "table", "figures")
 
 
@@ -161,7 +168,7 @@ class Profile:
 BULLET = tuple(body + course for course in ("Run", "Circle") for body in ("Ball", "Car", "Drone", "Ant"))
 PROFILES: dict[str, Profile] = {
     "smoke": Profile(
-        tasks=("BallRun",), seeds=(0, 1), note="smoke run, not a result",
+        tasks=("BallRun",), seeds=(0, 1), methods=("finetune", "gradient_ascent", "saferule"), note="smoke run, not a result",
         config={
             "data": {"episodes": 200, "donors": 60},
             "inject": {"budget": 0.2},                     # so few steps need more poison than the 10% of longer runs
@@ -169,6 +176,7 @@ PROFILES: dict[str, Profile] = {
             "bcq_lag": {"steps": 900, "vae_steps": 200, "batch": 64, "hidden": (32, 32), "vae_hidden": 32, "lr": 3e-3,
                         "tau": 0.1, "lr_lam": 0.05, "lam_max": 0.75},
             "finetune": {"steps": 90},
+            "finetune_nstep": {"steps": 90, "suppress_steps": 60, "tau": 0.1},
             "gradient_ascent": {"steps": 90, "ascent_steps": 45},
             "saferule": {"steps": 90, "suppress_steps": 60, "gate_steps": 100, "tau": 0.1},
             "evaluate": {"episodes": 3, "curve_episodes": 1},
@@ -182,6 +190,7 @@ PROFILES: dict[str, Profile] = {
             "bcq_lag": {"steps": 100_000, "vae_steps": 0, "batch": 512, "hidden": (256, 256), "vae_hidden": 400,
                         "gamma": 0.99, "tau": 0.005, "samples": 10},
             "finetune": {"steps": 10_000},
+            "finetune_nstep": {"steps": 10_000, "suppress_steps": 5_000},
             "gradient_ascent": {"steps": 10_000, "ascent_steps": 5_000},
             "saferule": {"steps": 10_000, "suppress_steps": 5_000},
             "evaluate": {"episodes": 20},

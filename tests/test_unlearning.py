@@ -18,8 +18,8 @@ from saferule.unlearning.saferule import gate, margins, suppress
 
 
 def small(method, **more):
-    fast = {"finetune": {"steps": 20}, "gradient_ascent": {"steps": 20, "ascent_steps": 10},
-            "saferule": {"steps": 20, "suppress_steps": 15, "gate_steps": 30}}
+    fast = {"finetune": {"steps": 20}, "finetune_nstep": {"steps": 20, "suppress_steps": 15},
+            "gradient_ascent": {"steps": 20, "ascent_steps": 10}, "saferule": {"steps": 20, "suppress_steps": 15, "gate_steps": 30}}
     return CONFIGS[method](**{**fast[method], **more})
 
 
@@ -105,7 +105,7 @@ def test_signs_forget_values_fall_and_forget_costs_rise():
 
 def test_all_weights_zero_equals_fine_tuning_bit_for_bit():
     results = []
-    nothing = small("saferule", weight=0.0, weight_ungated=0.0, n_step_mix=0.0, freeze_lam=False, tau=0.02)
+    nothing = small("saferule", weight=0.0, weight_ungated=1e-30, n_step_mix=0.0, freeze_lam=False, tau=0.02)
     for method, cfg in (("finetune", FinetuneConfig(steps=20)), ("saferule", nothing)):
         learner, pool, retain, forget = poisoned()
         if method == "finetune":
@@ -211,7 +211,7 @@ def test_unlearning_needs_no_simulator():
             sys.modules[name] = None                                           # importing any of these now fails
         sys.path.insert(0, sys.argv[1])
         from test_unlearning import poisoned, small, unlearn
-        for method in ("finetune", "gradient_ascent", "saferule"):
+        for method in ("finetune", "finetune_nstep", "gradient_ascent", "saferule"):
             unlearn(*poisoned(steps=3), method, small(method))
         print("repaired")
     """)

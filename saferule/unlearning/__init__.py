@@ -68,9 +68,10 @@ class Unlearned(NamedTuple):
     phases: tuple[tuple[str, int], ...]
 
 
-from . import finetune, gradient_ascent, saferule  # noqa: E402  (they need Phase and Memory)
+from . import finetune, finetune_nstep, gradient_ascent, saferule  # noqa: E402  (they need Phase and Memory)
 
-UNLEARNERS: dict[str, Any] = {"finetune": finetune, "gradient_ascent": gradient_ascent, "saferule": saferule}
+UNLEARNERS: dict[str, Any] = {"finetune": finetune, "finetune_nstep": finetune_nstep, "gradient_ascent": gradient_ascent,
+                              "saferule": saferule}
 assert tuple(UNLEARNERS) == UNLEARNER_NAMES
 
 

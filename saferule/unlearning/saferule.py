@@ -85,6 +85,8 @@ def phases(learner: Learner, memory: Memory, cfg: SafeRULEConfig, forged_costs: 
             retain, long = memory.retain_pair()
             one = learner.targets(retain)
             target = type(one)(*(torch.lerp(a, b, cfg.n_step_mix) for a, b in zip(one, learner.targets(long))))
+        if not (cfg.weight or cfg.weight_ungated):
+            return learner.update(retain, learner.cfg.steps + t, target)
         forget = memory.forget()
         low, high = margins(learner, forget.obs, cfg, memory.forget_stream)
         push = {"critic": lambda: suppress(learner.critic(forget.obs, forget.action), low, cfg.alpha * w * forget.weight, -1)}

@@ -1,0 +1,7 @@
+"""Fine-tuning with n-step targets: all of Safe-RULE but the suppression (ours; the fair baseline for it).
+
+Whatever Safe-RULE does better than this is due to suppressing the forget rows, not to faster value propagation.
+"""
+from .saferule import phases
+
+__all__ = ["phases"]
