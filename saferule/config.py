@@ -146,11 +146,12 @@ CONFIGS: dict[str, type] = {
     "data": DataConfig, "evaluate": EvaluateConfig, "thresholds": Thresholds,
     "inject": InjectConfig, "label_flip": LabelFlipConfig, "given": GivenConfig,
     "bcq_lag": BCQLagConfig,
-    "finetune": FinetuneConfig, "finetune_nstep": FinetuneNStepConfig, "gradient_ascent": GradientAscentConfig, "saferule": SafeRULEConfig,
+    "finetune": FinetuneConfig, "finetune_nstep": FinetuneNStepConfig, "gradient_ascent": GradientAscentConfig,
+    "saferule": SafeRULEConfig,
 }
 ATTACK_NAMES = ("inject", "label_flip", "given")
 LEARNER_NAMES = ("bcq_lag",)
-UNLEARNER_NAMES = ("finetune", "finetune_nstep", "gradient_ascent", "saferule")        # 'retrain' is the retain condition of the training run
+UNLEARNER_NAMES = ("finetune", "finetune_nstep", "gradient_ascent", "saferule")   # 'retrain' is a condition of the training run
 STAGES = ("start", "data", "poison", "train", "unlearn", "evaluate", "table", "figures")
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import h5py
 import numpy as np
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from saferule.errors import UserError
 from saferule.files import MAX_FILE, atomic_file, locked, regular, show, sync

@@ -134,7 +134,7 @@ def show(*objects: Any) -> None:
     for thing in objects:
         thing = inspect.unwrap(getattr(thing, "fget", thing))
         source = textwrap.dedent(inspect.getsource(thing)).rstrip()
-        where = thing.__module__.replace(".", "/") + ".py"
+        where = relative(Path(inspect.getsourcefile(thing)))
         if in_kernel():
             from IPython.display import display
             display({"text/plain": f"# {where}\n{source}", "text/markdown": f"```python\n# {where}\n{source}\n```"}, raw=True)
