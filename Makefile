@@ -1,5 +1,5 @@
 # make reproduce [PROFILE=smoke|quick|standard|paper] [DEVICE=auto|cpu|cuda] [SEEDS=0,1,2] [TASKS=BallCircle,CarCircle]
-# make test | test-slow | lab | notebooks | bench | setup | clean
+# make test | test-slow | lab | reference | notebooks | bench | setup | clean
 # Further settings: CORES=2, FLAGS=--dry-run (handed to snakemake), PYTHON=python3.11,
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu (another wheel index, for PyTorch alone).
 PROFILE ?= quick
@@ -25,7 +25,7 @@ ifdef PIP_INDEX_URL
 export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
 
-.PHONY: reproduce test test-slow lab notebooks bench setup clean
+.PHONY: reproduce test test-slow lab reference notebooks bench setup clean
 
 reproduce: $(READY)
 	@$(BIN)/saferule reproduce --profile='$(PROFILE)' --device='$(DEVICE)' --seeds='$(SEEDS)' --tasks='$(TASKS)' --cores='$(CORES)' -- $(FLAGS)
@@ -38,6 +38,9 @@ test-slow: $(READY)
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks
+
+reference: $(READY)
+	@$(BIN)/saferule reference --profile='$(PROFILE)'
 
 notebooks: $(READY)
 	$(BIN)/python notebooks/refresh.py

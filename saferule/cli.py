@@ -1,4 +1,4 @@
-"""The command line: `saferule reproduce | notebook | check | verify | download`.
+"""The command line: `saferule reproduce | reference | notebook | check | verify | download`.
 
 Bad input ends with one line `saferule: ...` on stderr and exit code 2; Ctrl-C with one line and 130; a notebook that failed
 for another reason with one line and 1.
@@ -46,6 +46,9 @@ def parser() -> argparse.ArgumentParser:
 
     verify = commands.add_parser("verify", help="compare an artefact's files with the hashes in its manifest")
     verify.add_argument("path", type=Path, metavar="ARTEFACT", help="its folder or its manifest.json")
+
+    reference = commands.add_parser("reference", help="copy tables, figures, notebooks and manifests to results/reference")
+    reference.add_argument("--profile", default="quick")
 
     download = commands.add_parser("download", help="fetch a task's DSRL or D4RL file")
     download.add_argument("task")
@@ -103,6 +106,14 @@ def verify(args: argparse.Namespace) -> int:
     from .artifacts import verify as compare
     artefact = compare(args.path.parent if args.path.name == "manifest.json" else args.path)
     print(f"{args.path}: {artefact.kind} {artefact.name}, {artefact.short}: every file matches its hash")
+    return 0
+
+
+def reference(args: argparse.Namespace) -> int:
+    from .config import PROFILES, one_of
+    from .reference import keep
+    from .sources import relative
+    print(f"kept in {relative(keep(one_of('profile', args.profile, PROFILES)))}")
     return 0
 
 

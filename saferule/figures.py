@@ -332,7 +332,8 @@ def _draw_end_labels(ax, gap: float = 0.075) -> None:
     for (method, y), place in zip(at.items(), spread(list(at.values()), gap)):
         ax.annotate(METHODS[method], (1, y), (1.045, place), xycoords="axes fraction", fontsize=8.5, color=COLOURS[method],
                     va="center", annotation_clip=False, fontweight="bold" if method == "saferule" else None,
-                    arrowprops={"arrowstyle": "-", "color": COLOURS[method], "lw": 0.6, "shrinkA": 0, "shrinkB": 1})
+                    arrowprops={"arrowstyle": "-", "color": COLOURS[method], "lw": 0.6, "shrinkA": 0, "shrinkB": 1,
+                                "relpos": (0, 0.5)})             # to the name's edge: not across its neighbours
 
 
 def spread(values: Sequence[float], gap: float) -> list[float]:

@@ -192,3 +192,20 @@ def test_bare_papermill_command_refuses_a_misspelt_parameter(tmp_path):
                           capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode != 0 and "Did you mean 'task'?" in done.stderr
     assert not (tmp_path / "was_here").exists()
+
+
+def test_reference_keeps_what_a_reader_sees(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SAFERULE_RESULTS", str(tmp_path))
+    assert main(["reference", "--profile", "quick"]) == 2
+    assert "no finished run of profile 'quick'" in capsys.readouterr().err
+    root = tmp_path / "runs" / "quick"
+    for name, text in {"tables/T1_main.csv": "a\n", "tables/.manifest.lock": "", "figures/F1.png": "x",
+                       "notebooks/01.ipynb": '{"metadata": {"papermill": {"input_path": "/somewhere"}}, "cells": []}',
+                       "artifacts/train/BallRun-bcq_lag/manifest.json": "{}"}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    assert main(["reference", "--profile", "quick"]) == 0
+    kept = tmp_path / "reference" / "quick"
+    found = sorted(p.relative_to(kept).as_posix() for p in kept.rglob("*") if p.is_file())
+    assert found == ["figures/F1.png", "manifests/train-BallRun-bcq_lag.json", "notebooks/01.ipynb", "tables/T1_main.csv"]
+    assert "somewhere" not in (kept / "notebooks" / "01.ipynb").read_text()
