@@ -45,6 +45,7 @@ class LabelFlipConfig:
 class GivenConfig:
     """Nothing is poisoned: the data already are, and a file names the rows to forget."""
     forget_file: str = ""              # CSV with columns row, weight (weight optional)
+    forged_costs: bool = False         # are the rows' cost labels known to be false? Then Safe-RULE uses its gate
 
 
 # ----------------------------------------------------------------------------------------------------------- learners

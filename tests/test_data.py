@@ -137,7 +137,9 @@ def test_a_given_forget_file(tmp_path):
     clean = make_pool()
     path = tmp_path / "forget.csv"
     path.write_text("row,weight\n7,0.5\n3,1\n")
+    assert poison(clean, "given", GivenConfig(str(path), forged_costs=True))[1]["threat"]["fields"] == ("cost",)
     pool, facts, _ = poison(clean, "given", GivenConfig(forget_file=str(path)))
+    assert facts["threat"]["fields"] == ()
     rows = pool.rows("given/forget")
     assert rows.ids.tolist() == [3, 7]
     assert rows.weight.tolist() == [1.0, 0.5]

@@ -1,6 +1,7 @@
 """No attack of ours: the data set is already poisoned, and a file names the rows to forget (the engineer's case)."""
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
@@ -34,9 +35,10 @@ def run(pool: Pool, cfg: GivenConfig, donors: Pool | None = None, cost_limit: fl
         raise UserError("given: name the rows to forget with overrides={'forget_file': 'PATH.csv'} (column 'row').")
     forget = read_forget_file(cfg.forget_file, len(pool))
     facts = {"rows": len(forget.ids), "episodes": int(pool.episode[forget.ids].unique().numel()),
-             "forget_file": Path(cfg.forget_file).name}
+             "forget_file": Path(cfg.forget_file).name,
+             "threat": asdict(replace(THREAT, fields=("cost",) if cfg.forged_costs else ()))}
     return pool.append("given", {}, forget), facts, truth_of(pool.episodes().head(0))
 
 
-ATTACK = Attack(Threat(fields=(), unit="row", knowledge="none", placement="in place", tier="unknown", goal="unsafe"), run,
-                "The data are already poisoned; a file names the rows to forget.")
+THREAT = Threat(fields=(), unit="row", knowledge="none", placement="in place", tier="unknown", goal="unsafe")
+ATTACK = Attack(THREAT, run, "The data are already poisoned; a file names the rows to forget.")

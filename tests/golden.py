@@ -1,0 +1,44 @@
+"""Weights, batches and noise by fixed formulas, in OSRL's layout: what the recorder and the golden tests both start from."""
+from __future__ import annotations
+
+import math
+import zlib
+
+import torch
+from torch import Tensor
+
+SIZES = {"n_obs": 5, "n_act": 2, "hidden": (16, 12), "vae_hidden": 14, "heads": 2, "batch": 16, "samples": 3, "horizon": 50,
+         "cost_limit": -10.0, "gamma": 0.95, "tau": 0.1, "lr": 3e-3, "steps": 3}
+
+
+def weight(name: str, shape: tuple[int, ...]) -> Tensor:
+    """A parameter of OSRL's model by name: waves of amplitude 1 / sqrt(fan_in); [out, in] or [out]."""
+    numel, phase = math.prod(shape), zlib.crc32(name.encode()) % 997 / 100
+    wave = torch.sin(phase + 0.7 * torch.arange(numel, dtype=torch.float64) ** 1.1)
+    return (wave / math.sqrt(shape[-1])).view(shape).float()
+
+
+def batch(step: int, rows: int, n_obs: int, n_act: int) -> dict[str, Tensor]:
+    wave = lambda shape, speed: torch.sin(step + speed * torch.arange(math.prod(shape), dtype=torch.float64)).view(shape).float()
+    return {"obs": wave((rows, n_obs), 0.37), "action": 0.9 * wave((rows, n_act), 0.53), "reward": wave((rows,), 0.71),
+            "cost": (wave((rows,), 0.91) > 0.2).float(), "next_obs": wave((rows, n_obs), 0.41),
+            "done": (wave((rows,), 1.3) > 0.8).float()}
+
+
+class Noise:
+    """Stands in for torch.randn: the n-th call gives a fixed wave of the asked shape."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, *shape, generator=None, device=None) -> Tensor:
+        if len(shape) == 1 and not isinstance(shape[0], int):
+            shape = tuple(shape[0])
+        self.calls += 1
+        return (1.3 * torch.sin(1.7 * self.calls + 0.9 * torch.arange(math.prod(shape), dtype=torch.float64))).view(shape).float()
+
+
+def checksums(tensors: dict[str, Tensor]) -> dict[str, list[float]]:
+    """Sum and sum of squares in float64, by name."""
+    doubles = {name: t.detach().double() for name, t in sorted(tensors.items())}
+    return {name: [float(t.sum()), float(t.square().sum())] for name, t in doubles.items()}
