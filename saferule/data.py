@@ -93,7 +93,8 @@ class Pool:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], attacks: Sequence[str] = ()) -> Pool:
-        columns = {k: v for k, v in tensors.items() if not k.startswith("forget.")}
+        """Inverse of `tensors`. Raises UserError unless every column is there, in its shape and dtype, finite and in range."""
+        columns = check_columns({k: v for k, v in tensors.items() if not k.startswith("forget.")})
         forget = {a: Rows(tensors[f"forget.{a}.ids"], tensors[f"forget.{a}.weight"])
                   for a in attacks if f"forget.{a}.ids" in tensors}
         return cls(columns, attacks, forget)
@@ -151,6 +152,35 @@ class Pool:
         grouped = frame.groupby(["origin", "episode"] if condition is None else ["episode"], sort=True)
         out = grouped.agg(rows=("reward", "size"), ret=("reward", "sum"), cost=("cost", "sum"), origin_=("origin", "max"))
         return out.reset_index().drop(columns="origin", errors="ignore").rename(columns={"origin_": "origin"})
+
+
+DTYPES = {"obs": torch.float32, "action": torch.float32, "reward": torch.float32, "cost": torch.float32, "next_obs": torch.float32,
+          "terminal": torch.bool, "timeout": torch.bool, "episode": torch.int64, "t": torch.int64, "replaces": torch.int64,
+          "origin": torch.int16}
+
+
+def check_columns(columns: Mapping[str, Tensor], where: str = "pool") -> dict[str, Tensor]:
+    """The columns of a pool that may come from a stranger's file. Raises UserError for the first thing that is wrong."""
+    odd = sorted(set(DTYPES) ^ set(columns))
+    if odd:
+        state = "missing" if odd[0] in DTYPES else "unknown"
+        raise UserError(f"{where}: column '{odd[0]}' is {state}; a pool holds {', '.join(DTYPES)}.")
+    n = len(columns["reward"]) if columns["reward"].dim() == 1 else -1
+    for name, dtype in DTYPES.items():
+        value, dims = columns[name], 2 if name in ("obs", "action", "next_obs") else 1
+        if value.dtype != dtype or value.dim() != dims or len(value) != n:
+            raise UserError(f"{where}: '{name}' is {list(value.shape)} {value.dtype}, expected {dims} dimension(s) of {dtype} with "
+                            f"as many rows as 'reward'.")
+        if dtype == torch.float32 and not bool(torch.isfinite(value).all()):
+            raise UserError(f"{where}: '{name}' holds NaN or infinity.")
+    if columns["obs"].shape != columns["next_obs"].shape:
+        raise UserError(f"{where}: 'next_obs' is {list(columns['next_obs'].shape)} but 'obs' is {list(columns['obs'].shape)}.")
+    for name, low in (("replaces", -1), ("episode", 0), ("t", 0), ("origin", 0), ("cost", 0)):
+        if n and not columns[name].min().item() >= low:
+            raise UserError(f"{where}: '{name}' holds values below {low}.")
+    if n and int(columns["replaces"].max()) >= n:
+        raise UserError(f"{where}: 'replaces' names row {int(columns['replaces'].max()):,}, but there are {n:,} rows.")
+    return dict(columns)
 
 
 def _rows(mask: Tensor) -> Rows:

@@ -132,6 +132,20 @@ def test_a_pool_survives_its_tensors():
             assert torch.equal(a, b), condition
 
 
+@pytest.mark.parametrize("change, message", [
+    (lambda c: c.pop("cost"), "'cost' is missing"), (lambda c: c.update(x=c["cost"]), "'x' is unknown"),
+    (lambda c: c.update(reward=c["reward"][:-1]), "as many rows as 'reward'"), (lambda c: c.update(t=c["t"].float()), "'t' is"),
+    (lambda c: c["action"].fill_(float("nan")), "'action' holds NaN"),
+    (lambda c: c.update(next_obs=c["next_obs"][:, 1:]), "'next_obs' is"),
+    (lambda c: c["cost"].fill_(-0.5), "'cost' holds values below 0"), (lambda c: c["replaces"].fill_(500), "names row 500"),
+    (lambda c: c.update(obs=c["obs"].double()), "'obs' is")])
+def test_columns_from_a_strangers_file_are_checked(change, message):
+    columns = {k: v.clone() for k, v in make_pool().tensors().items()}
+    change(columns)
+    with pytest.raises(UserError, match=message):
+        Pool.from_tensors(columns)
+
+
 def test_a_given_forget_file(tmp_path):
     from saferule.config import GivenConfig
     clean = make_pool()

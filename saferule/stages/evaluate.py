@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ KEYS = ["task", "learner", "attack", "method", "seed", "stage", "step"]
 
 
 def evaluate(task: Task, learner: str, methods: Sequence[str], profile: str, root: Path,
-             overrides: Mapping[str, Any] | None = None, progress: bool = True, on_part: Callable | None = None) -> Artifact:
+             overrides: Mapping[str, Any] | None = None, progress: bool = True) -> Artifact:
     """Roll out the trained models, the repaired ones at the end of their budget and later, and snapshots on the way.
 
     Every policy meets the same start states. Files: episodes.csv (one line per episode), runs.csv (one line per model:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
 from ..artifacts import Artifact, load, save
 from ..attacks import poison
 from ..config import ATTACK_NAMES, CONFIGS, one_of, resolve, with_overrides
-from ..data import Pool, Rows
+from ..data import Pool, check_columns, forget_rows
+from ..errors import UserError
 from ..tasks import Task
 
 
@@ -51,16 +51,18 @@ def load_pool(task: Task, attacks: Sequence[str], root: Path) -> tuple[Pool, dic
         artifact = load("poison", f"{task.name}-{attack}", root)
         check_same_data(artifact, data)
         frame, rows = artifact.table("forget.csv"), artifact.tensors("rows.safetensors")
-        ids = torch.tensor(frame["row"].to_numpy(dtype="int64"))
-        in_place = Rows(ids, torch.tensor(frame["weight"].to_numpy(dtype="float32"))) if len(rows["reward"]) == 0 else None
+        in_place = None
+        if len(rows["reward"]) == 0:                          # the forget rows are among the data's own
+            n_rows = int((pool.origin == 0).sum())
+            in_place = forget_rows(frame["row"].to_list(), n_rows, frame["weight"].to_list(), f"poison {artifact.name}")
         pool = pool.append(attack, rows, in_place)
         inputs[f"poison:{attack}"] = artifact
+    check_columns(pool.columns, f"data and attacks of {task.name}")
     return pool, inputs
 
 
 def check_same_data(artifact: Artifact, data: Artifact) -> None:
     """Raises UserError if an artefact was made from other data than those that lie beside it now."""
-    from ..errors import UserError
     if artifact.manifest["inputs"]["data"]["id"] != data.id:
         raise UserError(f"{artifact.kind} {artifact.name} was made from other data than the present {data.name} ({data.short}); "
                         f"run the notebooks after 01_data again, in order.")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..artifacts import Artifact, save
-from ..config import CONFIGS, resolve
+from ..config import resolve
 from ..data import Pool, Rows, Sampler, measure_units
 from ..learners import LEARNERS, configuration, discounted_limit
 from ..tasks import Task
@@ -60,6 +60,3 @@ def train(task: Task, learner: str, attacks: Sequence[str], seeds: Sequence[int]
     artifact = save("train", f"{task.name}-{learner}", files, config, inputs, table, root=root, seconds=history.seconds[-1])
     resume.done()
     return artifact
-
-
-assert all(name in CONFIGS for name in LEARNERS)
