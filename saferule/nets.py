@@ -83,6 +83,22 @@ class Perturbation(nn.Module):
         return (action + self.phi * self.net(torch.cat([obs, action], -1)).tanh()).clamp(-1, 1)
 
 
+class SquashedGaussian(nn.Module):
+    """Actor of BEAR and CPQ: a = tanh(u) with u ~ N(mean, std) given obs; the noise is the learner's to draw.
+
+    obs [R, B, n_obs] -> mean and std of u, [R, B, n_act] each; log-std clamped to [-20, 2].
+    """
+
+    def __init__(self, gens: Generators, n_obs: int, n_act: int, hidden: Sequence[int]):
+        super().__init__()
+        self.trunk = MLP(gens, n_obs, hidden[:-1], hidden[-1])
+        self.mu, self.log_std = Linear(gens, hidden[-1], n_act), Linear(gens, hidden[-1], n_act)
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.trunk(obs).relu_()
+        return self.mu(x), self.log_std(x).clamp(-20, 2).exp()
+
+
 class VAE(nn.Module):
     """Conditional VAE of actions given observations; latent width L = 2 n_act, log-std clamped to [-4, 15]."""
 
