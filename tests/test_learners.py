@@ -3,11 +3,12 @@ import math
 
 import pytest
 import torch
-from conftest import make_learner, make_pool
 
+from conftest import make_learner, make_pool
 from saferule.config import BCQLagConfig
 from saferule.data import Batch, Sampler, Units
 from saferule.learners import LEARNERS
+from saferule.learners.shared import Targets
 from saferule.nets import Linear, generators, kl_to_standard_normal
 from saferule.train import Learner, Resume, fit
 
@@ -133,12 +134,12 @@ def test_default_targets_by_hand():
     learner = one_replica()
     constant(learner.critic_target.net, [2, 4])
     constant(learner.cost_critic_target.net, [1, 3])
-    y, yc = learner.targets(row())
+    y, yc, _ = learner.targets(row())
     assert y.item() == pytest.approx(1 + 0.9 * 2)
     assert yc.item() == pytest.approx(0.5 + 0.9 * 3)
-    y, yc = learner.targets(row(done=1.0))                             # a terminal row: exactly r and c
+    y, yc, _ = learner.targets(row(done=1.0))                             # a terminal row: exactly r and c
     assert (y.item(), yc.item()) == (1.0, 0.5)
-    y, _ = learner.targets(row(steps=torch.full((1, 1), 3.0)))         # three-step sums bootstrap with gamma cubed
+    y, *_ = learner.targets(row(steps=torch.full((1, 1), 3.0)))         # three-step sums bootstrap with gamma cubed
     assert y.item() == pytest.approx(1 + 0.9**3 * 2)
 
 
@@ -147,10 +148,10 @@ def test_parity_targets_by_hand():
     learner = one_replica("parity")
     constant(learner.critic_target.net, [2, 9, 4, 7])
     constant(learner.cost_critic_target.net, [2, 9, 4, 7])
-    y, yc = learner.targets(row(done=1.0))
+    y, yc, _ = learner.targets(row(done=1.0))
     assert y.item() == pytest.approx(1.0)
     assert yc.item() == pytest.approx(0.5 + 0.9 * 2.5)
-    y, _ = learner.targets(row())
+    y, *_ = learner.targets(row())
     assert y.item() == pytest.approx(1 + 0.9 * 2.5)
 
 
@@ -159,7 +160,7 @@ def test_critic_loss_sums_over_heads_and_averages_over_rows():
     learner = one_replica()
     constant(learner.critic.net, [2, 4])
     constant(learner.cost_critic.net, [2, 4])
-    target = torch.ones(1, 1), torch.zeros(1, 1)
+    target = Targets(torch.ones(1, 1), torch.zeros(1, 1), torch.zeros(1, 1))
     assert learner.critic_loss(row(), target).item() == pytest.approx(10)
     assert learner.cost_critic_loss(row(), target).item() == pytest.approx(20)
 
