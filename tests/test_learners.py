@@ -8,6 +8,7 @@ from conftest import make_learner, make_pool
 from saferule.config import BCQLagConfig
 from saferule.data import Batch, Sampler, Units
 from saferule.learners import LEARNERS
+from saferule.learners.bcq_lag import Targets
 from saferule.learners.shared import Targets
 from saferule.nets import Linear, generators, kl_to_standard_normal
 from saferule.train import Learner, Resume, fit
