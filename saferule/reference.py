@@ -5,9 +5,13 @@ import json
 import shutil
 from pathlib import Path
 
-from .errors import UserError
-from .files import replacing, results_dir, run_dir
+import pandas as pd
 
+from .errors import UserError
+from .files import atomic_file, replacing, results_dir, run_dir
+from .sources import REPO
+
+SHOWN = "attack", "method", "return [95%]", "cost per seed", "cost per seed, later", "of retrained return"
 PARTS = ("tables", "figures", "notebooks")
 
 
@@ -30,4 +34,21 @@ def keep(profile: str) -> Path:
             copy = folder / "manifests" / f"{path.parent.parent.name}-{path.parent.name}.json"
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
+    readme, block = REPO / "README.md", headline(final)
+    text = readme.read_text(encoding="utf-8")
+    start, end = f"<!-- {profile}: this block is written by `make reference` -->", f"<!-- /{profile} -->"
+    if start in text and final == REPO / "results" / "reference" / profile:
+        before, rest = text.split(start)
+        with atomic_file(readme) as temporary:
+            temporary.write_text(before + start + "\n" + block + end + rest.split(end)[1], encoding="utf-8")
     return final
+
+
+def headline(kept: Path) -> str:
+    """The README's table: some columns of a kept T1, as Markdown. Its numbers are typed nowhere."""
+    from .report import to_markdown
+    lines = [line.strip("| \n").split(" | ") for line in (kept / "tables" / "T1_main.md").read_text(encoding="utf-8").splitlines()
+             if line.startswith("|")]
+    n = next((i for i, line in enumerate(lines) if i and line[0] == "task"), len(lines))           # the claims' table follows
+    frame = pd.DataFrame(lines[2:n], columns=lines[0])
+    return to_markdown(frame[list(SHOWN)])

@@ -199,7 +199,9 @@ def test_reference_keeps_what_a_reader_sees(tmp_path, monkeypatch, capsys):
     assert main(["reference", "--profile", "quick"]) == 2
     assert "no finished run of profile 'quick'" in capsys.readouterr().err
     root = tmp_path / "runs" / "quick"
-    for name, text in {"tables/T1_main.csv": "a\n", "tables/.manifest.lock": "", "figures/F1.png": "x",
+    table = "| task | attack | method | return [95%] | cost per seed | cost per seed, later | of retrained return |\n" + "| - " * 7
+    for name, text in {"tables/T1_main.csv": "a\n", "tables/T1_main.md": table + "|\n", "tables/.manifest.lock": "",
+                       "figures/F1.png": "x",
                        "notebooks/01.ipynb": '{"metadata": {"papermill": {"input_path": "/somewhere"}}, "cells": []}',
                        "artifacts/train/BallRun-bcq_lag/manifest.json": "{}"}.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -207,5 +209,6 @@ def test_reference_keeps_what_a_reader_sees(tmp_path, monkeypatch, capsys):
     assert main(["reference", "--profile", "quick"]) == 0
     kept = tmp_path / "reference" / "quick"
     found = sorted(p.relative_to(kept).as_posix() for p in kept.rglob("*") if p.is_file())
-    assert found == ["figures/F1.png", "manifests/train-BallRun-bcq_lag.json", "notebooks/01.ipynb", "tables/T1_main.csv"]
+    assert found == ["figures/F1.png", "manifests/train-BallRun-bcq_lag.json", "notebooks/01.ipynb", "tables/T1_main.csv",
+                     "tables/T1_main.md"]
     assert "somewhere" not in (kept / "notebooks" / "01.ipynb").read_text()
