@@ -112,8 +112,12 @@ class VAE(nn.Module):
         mean, log_std = self.encoder(torch.cat([obs, action], -1)).chunk(2, -1)
         return mean, log_std.clamp(-4, 15).exp()
 
+    def decode_raw(self, obs: Tensor, z: Tensor) -> Tensor:
+        """An action before its tanh."""
+        return self.decoder(torch.cat([obs, z], -1))
+
     def decode(self, obs: Tensor, z: Tensor) -> Tensor:
-        return self.decoder(torch.cat([obs, z], -1)).tanh()
+        return self.decode_raw(obs, z).tanh()
 
 
 def kl_to_standard_normal(mean: Tensor, std: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from saferule.config import BCQLagConfig
+from saferule.config import CONFIGS
 from saferule.data import Pool, measure_units
 from saferule.learners import LEARNERS
 
@@ -30,9 +30,11 @@ def make_pool(episodes=20, horizon=25, n_obs=4, n_act=2, seed=0) -> Pool:
 
 
 def make_learner(pool, rows, seeds=None, qc_limit=2.0, learner="bcq_lag", **cfg):
-    cfg = {"vae_steps": 0, "batch": 32, "hidden": (16, 16), "vae_hidden": 16, **cfg}
+    """A small learner of any kind with seeded noise; settings that the kind does not have are left out."""
+    small = {"vae_steps": 0, "actor_start": 0, "batch": 32, "hidden": (16, 16), "vae_hidden": 16, **cfg}
+    cfg = CONFIGS[learner](**{k: v for k, v in small.items() if k in CONFIGS[learner].__dataclass_fields__})
     seeds = list(range(len(rows))) if seeds is None else seeds
-    made = LEARNERS[learner](BCQLagConfig(**cfg), measure_units(pool, rows), torch.full((len(rows),), qc_limit), seeds,
+    made = LEARNERS[learner](cfg, measure_units(pool, rows), torch.full((len(rows),), qc_limit), seeds,
                              n_act=pool.action.shape[1]).ready()
     made.seed_noise(0)
     return made

@@ -1,4 +1,4 @@
-"""BCQ-Lag: stacking, isolation, initial weights, and every loss against cases worked out by hand."""
+"""Every learner: stacking, isolation, purity, resuming. BCQ-Lag: every loss against cases worked out by hand."""
 import math
 
 import pytest
@@ -8,12 +8,13 @@ from conftest import make_learner, make_pool
 from saferule.config import BCQLagConfig
 from saferule.data import Batch, Sampler, Units
 from saferule.learners import LEARNERS
-from saferule.learners.bcq_lag import Targets
 from saferule.learners.shared import Targets
 from saferule.nets import Linear, generators, kl_to_standard_normal
 from saferule.train import Learner, Resume, fit
 
 MODES = ("default", "parity")
+each_learner_and_mode = pytest.mark.parametrize(("learner", "mode"), [(name, mode) for name in LEARNERS for mode in MODES])
+each_loss = pytest.mark.parametrize(("learner", "name"), [(kind, name) for kind in LEARNERS for name in LEARNERS[kind].LOSSES])
 
 
 def noiseless(learner: Learner) -> Learner:
@@ -44,11 +45,12 @@ def test_stacked_linear_is_three_linears():
         assert torch.allclose(layer(x)[r], expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_stacked_equals_three_separate_runs(pool, mode):
+@each_learner_and_mode
+def test_stacked_equals_three_separate_runs(pool, learner, mode):
     rows = [pool.rows("clean")] * 3
-    stacked = noiseless(make_learner(pool, rows, seeds=[5, 6, 7], mode=mode, vae_steps=3, qc_limit=0.1))
-    single = [noiseless(make_learner(pool, rows[:1], seeds=[s], mode=mode, vae_steps=3, qc_limit=0.1)) for s in (5, 6, 7)]
+    small = {"learner": learner, "mode": mode, "vae_steps": 3, "qc_limit": 0.1}
+    stacked = noiseless(make_learner(pool, rows, seeds=[5, 6, 7], **small))
+    single = [noiseless(make_learner(pool, rows[:1], seeds=[s], **small)) for s in (5, 6, 7)]
     for r, one in enumerate(single):                                   # exactly equal at the start
         for (name, a), (_, b) in zip(stacked.named_parameters(), one.named_parameters()):
             members = a.shape[0] // 3
@@ -64,13 +66,14 @@ def test_stacked_equals_three_separate_runs(pool, mode):
         for (name, a), (_, b) in zip(stacked.state_dict().items(), one.state_dict().items()):
             members = a.shape[0] // 3
             assert torch.allclose(a[r * members:(r + 1) * members], b, atol=1e-5, rtol=0), name
-    assert float(stacked.lam.max()) > 0                                # the multiplier took part
+    if hasattr(stacked, "lam"):
+        assert float(stacked.lam.max()) > 0                            # the multiplier took part
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_nan_in_one_replica_leaves_the_others_unchanged(pool, mode):
+@each_learner_and_mode
+def test_nan_in_one_replica_leaves_the_others_unchanged(pool, learner, mode):
     rows = [pool.rows("clean")] * 3
-    clean, hurt = (make_learner(pool, rows, mode=mode) for _ in range(2))
+    clean, hurt = (make_learner(pool, rows, learner=learner, mode=mode) for _ in range(2))
     sampler = Sampler(pool, rows, 32, clean.units)
     stream = torch.Generator().manual_seed(0)
     for t in range(5):
@@ -82,12 +85,12 @@ def test_nan_in_one_replica_leaves_the_others_unchanged(pool, mode):
     for name, value in clean.state_dict().items():
         members = value.shape[0] // 3
         assert torch.equal(value[members:], hurt.state_dict()[name][members:]), name
-    assert hurt.state_dict()["critic.net.layers.0.weight"][0].isnan().any()
+    assert all(any(p[0].isnan().any() for p in getattr(hurt, name).parameters()) for name in hurt.LOSSES)
 
 
-@pytest.mark.parametrize("name", LEARNERS["bcq_lag"].LOSSES)
-def test_a_step_moves_only_its_own_network(pool, name):
-    learner = make_learner(pool, [pool.rows("clean")] * 2)
+@each_loss
+def test_a_step_moves_only_its_own_network(pool, learner, name):
+    learner = make_learner(pool, [pool.rows("clean")] * 2, learner=learner)
     batch = Sampler(pool, [pool.rows("clean")] * 2, 32, learner.units).sample(torch.Generator().manual_seed(0))
     before = learner.weights()
     learner.minimise(name, getattr(learner, name + "_loss")(batch))
@@ -95,9 +98,9 @@ def test_a_step_moves_only_its_own_network(pool, name):
     assert moved == {name}
 
 
-@pytest.mark.parametrize("name", LEARNERS["bcq_lag"].LOSSES)
-def test_losses_are_pure_and_ignore_the_order_of_the_batch(pool, name):
-    learner = noiseless(make_learner(pool, [pool.rows("clean")] * 2))
+@each_loss
+def test_losses_are_pure_and_ignore_the_order_of_the_batch(pool, learner, name):
+    learner = noiseless(make_learner(pool, [pool.rows("clean")] * 2, learner=learner))
     batch = Sampler(pool, [pool.rows("clean")] * 2, 32, learner.units).sample(torch.Generator().manual_seed(0))
     loss, before = getattr(learner, name + "_loss"), learner.weights()
     first, order = loss(batch), torch.randperm(32)
@@ -264,12 +267,12 @@ def test_probe_self_loop():
 
 
 # ------------------------------------------------------------------------------------------------------ state and resume
-@pytest.mark.parametrize("mode", MODES)
-def test_save_load_continue_equals_never_stopping(pool, mode, tmp_path):
-    rows = [pool.rows("clean")] * 2
+@each_learner_and_mode
+def test_save_load_continue_equals_never_stopping(pool, learner, mode, tmp_path):
+    rows, kind = [pool.rows("clean")] * 2, {"learner": learner, "mode": mode, "vae_steps": 5}
 
     def run(steps, resume):
-        learner = make_learner(pool, rows, mode=mode, vae_steps=5)
+        learner = make_learner(pool, rows, **kind)
         stream = torch.Generator().manual_seed(1)
         sampler = Sampler(pool, rows, 32, learner.units)
         fit(lambda t: learner.update(sampler.sample(stream), t), steps, learner, [stream], log_every=5, resume=resume)
@@ -278,7 +281,7 @@ def test_save_load_continue_equals_never_stopping(pool, mode, tmp_path):
     whole = run(40, None)
     resume = Resume(tmp_path / "state.safetensors", "same run", every_seconds=0)
     with pytest.raises(KeyboardInterrupt):
-        stopped = make_learner(pool, rows, mode=mode, vae_steps=5)
+        stopped = make_learner(pool, rows, **kind)
         stream = torch.Generator().manual_seed(1)
         sampler = Sampler(pool, rows, 32, stopped.units)
 
@@ -292,7 +295,7 @@ def test_save_load_continue_equals_never_stopping(pool, mode, tmp_path):
     for name, value in whole.full_state().items():
         assert torch.equal(value, continued.full_state()[name]), name
     other = run(3, Resume(tmp_path / "state.safetensors", "another run"))       # a foreign state is ignored
-    assert not torch.equal(other.critic.net.layers[0].weight, whole.critic.net.layers[0].weight)
+    assert any(not torch.equal(v, whole.weights()[k]) for k, v in other.weights().items())
 
 
 def test_pick_carries_weights_and_moments(pool):
@@ -312,12 +315,14 @@ def test_pick_carries_weights_and_moments(pool):
     assert any(name.endswith("exp_avg_sq") for name in some.full_state())
 
 
-def test_acting_is_deterministic_given_its_generator(pool):
-    learner = make_learner(pool, [pool.rows("clean")] * 2)
+@each_learner_and_mode
+def test_acting_is_deterministic_given_its_generator(pool, learner, mode):
+    learner = make_learner(pool, [pool.rows("clean")] * 2, learner=learner, mode=mode)
     obs = torch.randn(2, 7, 4)
     acts = [learner.act(obs, torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
     assert torch.equal(acts[0], acts[1])
-    assert not torch.equal(acts[0], acts[2])
+    if (learner.LOSSES[0], mode) == ("vae", "default"):                # these choose among sampled actions
+        assert not torch.equal(acts[0], acts[2])
     assert acts[0].shape == (2, 7, 2)
     assert acts[0].abs().max() <= 1
 
