@@ -1,8 +1,9 @@
 """Record golden updates from a checkout of OSRL: `python benchmarks/record_osrl.py --osrl PATH [--out tests/data]`.
 
-Three consecutive updates of OSRL's BCQ-Lag from weights, batches and noise made by fixed formulas (tests/golden.py): losses,
-multiplier, and checksums of every parameter. OSRL's logger and data packages are replaced by empty modules; none of its code
-is copied. Re-recording with revision 03a4586 reproduces the committed file up to the last digits of float32.
+Three consecutive updates of OSRL's learners from weights, batches and noise made by fixed formulas (tests/golden.py): losses,
+multipliers, and checksums of every parameter; and which rows its behaviour cloning selects. OSRL's logger is replaced by an empty
+module and its Pareto package by a few lines of our own; none of its code is copied. Re-recording with revision 03a4586
+reproduces the committed files up to the last digits of float32.
 """
 from __future__ import annotations
 
@@ -15,14 +16,32 @@ import types
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import golden  # noqa: E402
 
 
-def load_osrl(path: Path):
-    """OSRL's bcql module, without running its packages' __init__ (they import simulators and loggers)."""
+class Pareto:
+    """Stands in for oapackage.ParetoDoubleLong: the indices of the points that no other point beats in both coordinates."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[tuple[float, ...], int]] = []
+
+    def addvalue(self, point: tuple[float, ...], index: int) -> None:
+        self.points.append((point, index))
+
+    def show(self, verbose: int = 0) -> None:
+        pass
+
+    def allindices(self) -> list[int]:
+        beats = lambda p, q: p != q and all(a >= b for a, b in zip(p, q))
+        return [i for q, i in self.points if not any(beats(p, q) for p, _ in self.points)]
+
+
+def load_osrl(path: Path, module: str = "algorithms.bcql"):
+    """A module of OSRL, without running its packages' __init__ (they import simulators and loggers)."""
     stub = types.ModuleType("fsrl.utils")
     stub.DummyLogger = stub.WandbLogger = type("DummyLogger", (), {"store": lambda self, **_: None})
     sys.modules.update({"fsrl": types.ModuleType("fsrl"), "fsrl.utils": stub})
@@ -30,7 +49,32 @@ def load_osrl(path: Path):
         package = types.ModuleType(name)
         package.__path__ = [str(path / name.replace(".", "/"))]
         sys.modules[name] = package
-    return importlib.import_module("osrl.algorithms.bcql")
+    sys.modules["oapackage"] = types.SimpleNamespace(ParetoDoubleLong=Pareto, doubleVector=tuple)
+    return importlib.import_module(f"osrl.{module}")
+
+
+def start(model: torch.nn.Module) -> None:
+    """Every weight by its formula; targets start equal."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(golden.weight(name.replace("_old.", "."), tuple(p.shape)))
+
+
+def updates(trainer, scalars: dict[str, str]) -> dict:
+    """Consecutive updates of a trainer whose model has been started; scalars: our name -> what OSRL logs it as."""
+    z, stored, noise, steps = golden.SIZES, {}, golden.Noise(), []
+    trainer.logger.store = lambda **logged: stored.update(logged)
+    with mock.patch("torch.randn", noise), mock.patch("torch.randn_like", lambda t: noise(*t.shape)), \
+            mock.patch("torch.distributions.normal._standard_normal", lambda shape, dtype, device: noise(*shape)):
+        for t in range(z["steps"]):
+            b = golden.batch(t, z["batch"], z["n_obs"], z["n_act"])
+            trainer.train_one_step(b["obs"], b["next_obs"], b["action"], b["reward"], b["cost"], b["done"])
+            steps.append({**{ours: stored[f"loss/{theirs}"] for ours, theirs in scalars.items()},
+                          "parameters": golden.checksums(dict(trainer.model.named_parameters()))})
+    return {"steps": steps, "noise_calls": noise.calls}
+
+
+LOGGED = {"vae": "loss_vae", "critic": "critic_loss", "cost_critic": "cost_critic_loss", "actor": "actor_loss", "lam": "lagrangian"}
 
 
 def record_bcq_lag(path: Path) -> dict:
@@ -38,21 +82,47 @@ def record_bcq_lag(path: Path) -> dict:
     hidden = list(z["hidden"])
     model = module.BCQL(z["n_obs"], z["n_act"], 1.0, hidden, hidden, z["vae_hidden"], z["samples"], z["gamma"], z["tau"],
                         num_q=z["heads"], num_qc=z["heads"], cost_limit=z["cost_limit"], episode_len=z["horizon"])
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(golden.weight(name.replace("_old.", "."), tuple(p.shape)))             # targets start equal
-    trainer = module.BCQLTrainer(model, env=None, actor_lr=z["lr"], critic_lr=z["lr"], vae_lr=z["lr"])
+    start(model)
+    return updates(module.BCQLTrainer(model, env=None, actor_lr=z["lr"], critic_lr=z["lr"], vae_lr=z["lr"]), LOGGED)
+
+
+def record_bear_lag(path: Path) -> dict:
+    z, more, module = golden.SIZES, golden.BEAR, load_osrl(path, "algorithms.bearl")
+    hidden = list(z["hidden"])
+    model = module.BEARL(z["n_obs"], z["n_act"], 1.0, hidden, hidden, z["vae_hidden"], z["samples"], z["gamma"], z["tau"],
+                         mmd_sigma=more["mmd_sigma"], target_mmd_thresh=more["mmd_limit"],
+                         num_samples_mmd_match=more["match_samples"], start_update_policy_step=more["actor_start"],
+                         num_q=z["heads"], num_qc=z["heads"], cost_limit=z["cost_limit"], episode_len=z["horizon"])
+    start(model)
+    trainer = module.BEARLTrainer(model, env=None, actor_lr=z["lr"], critic_lr=z["lr"], alpha_lr=more["lr_alpha"], vae_lr=z["lr"])
+    return {"settings": more, **updates(trainer, {**LOGGED, "mmd": "mmd_loss", "alpha": "alpha_value"})}
+
+
+def record_bc(path: Path) -> dict:
+    z, module = golden.SIZES, load_osrl(path, "algorithms.bc")
+    model = module.BC(z["n_obs"], z["n_act"], 1.0, list(z["hidden"]), z["horizon"])
+    start(model)
+    trainer, steps = module.BCTrainer(model, env=None, actor_lr=z["lr"]), []
     stored: dict[str, float] = {}
     trainer.logger.store = lambda **scalars: stored.update(scalars)
-    noise, steps = golden.Noise(), []
-    with mock.patch("torch.randn", noise), mock.patch("torch.randn_like", lambda t: noise(*t.shape)):
-        for t in range(z["steps"]):
-            b = golden.batch(t, z["batch"], z["n_obs"], z["n_act"])
-            trainer.train_one_step(b["obs"], b["next_obs"], b["action"], b["reward"], b["cost"], b["done"])
-            steps.append({"vae": stored["loss/loss_vae"], "critic": stored["loss/critic_loss"],
-                          "cost_critic": stored["loss/cost_critic_loss"], "actor": stored["loss/actor_loss"],
-                          "lam": stored["loss/lagrangian"], "parameters": golden.checksums(dict(model.named_parameters()))})
-    return {"steps": steps, "noise_calls": noise.calls}
+    for t in range(z["steps"]):
+        b = golden.batch(t, z["batch"], z["n_obs"], z["n_act"])
+        trainer.train_one_step(b["obs"], b["action"])
+        steps.append({"actor": stored["loss/actor_loss"], "parameters": golden.checksums(dict(model.named_parameters()))})
+    process, limit, selected = load_osrl(path, "common.dataset").process_bc_dataset, 12.0, {}
+    for mode in ("all", "safe", "risky", "frontier", "boundary", "multi-task"):
+        names = {"observations": "obs", "actions": "action", "rewards": "reward", "costs": "cost", "terminals": "terminal",
+                 "timeouts": "timeout"}
+        data = {theirs: golden.trajectories()[ours].numpy() for theirs, ours in names.items()}
+        data["rows"] = np.arange(len(data["rewards"]))
+        process(data, limit, 1.0, mode)
+        selected[mode] = {"rows": data["rows"].tolist()}
+        if mode == "multi-task":
+            selected[mode]["costs"] = data["observations"][:, -1].tolist()
+    return {"steps": steps, "selection_limit": limit, "selected": selected}
+
+
+RECORDERS = {"bcq_lag": record_bcq_lag, "bear_lag": record_bear_lag, "bc": record_bc}
 
 
 def main() -> None:
@@ -64,10 +134,11 @@ def main() -> None:
     git = subprocess.run(["git", "-C", args.osrl, "rev-parse", "HEAD"], capture_output=True, text=True)
     revision = args.revision or git.stdout.strip()
     args.out.mkdir(parents=True, exist_ok=True)
-    content = {"source": "liuzuxin/OSRL", "revision": revision, "torch": torch.__version__, "sizes": golden.SIZES,
-               **record_bcq_lag(args.osrl)}
-    (args.out / "osrl_bcq_lag.json").write_text(json.dumps(content, indent=1) + "\n")
-    print(f"three updates of BCQ-Lag recorded from {revision[:7]}")
+    for name, record in RECORDERS.items():
+        content = {"source": "liuzuxin/OSRL", "revision": revision, "torch": torch.__version__, "sizes": golden.SIZES,
+                   **record(args.osrl)}
+        (args.out / f"osrl_{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+        print(f"three updates of {name} recorded from {revision[:7]}")
 
 
 if __name__ == "__main__":

@@ -77,6 +77,53 @@ class BCQLagConfig:
     reward_scale: float = 1.0          # used when standardise is off
 
 
+@dataclass(frozen=True)
+class BEARLagConfig:
+    mode: str = "default"              # default: corrected | parity: as OSRL does it
+    steps: int = 5000
+    vae_steps: int = 1000              # the first of these steps fit the VAE alone
+    actor_start: int = 1500            # until this step the actor only matches the data
+    batch: int = 128
+    hidden: tuple[int, ...] = (64, 64)
+    vae_hidden: int = 64
+    lr: float = 1e-3
+    gamma: float = 0.97
+    tau: float = 0.02
+    beta: float = 0.05                 # weight of the VAE's KL term
+    latent_clip: float = 1.0
+    kernel: str = "gaussian"           # of the MMD: gaussian | laplacian
+    mmd_sigma: float = 0.2             # its width (parity: 50, of actions before their tanh)
+    mmd_limit: float = 0.05
+    match_samples: int = 5             # actions compared in the MMD (OSRL: 10)
+    lr_alpha: float = 1e-3             # ascent of the logarithm of the MMD's multiplier
+    samples: int = 4                   # candidate actions in a target
+    act_samples: int = 10              # candidate actions when acting
+    heads: int = 2                     # of each critic
+    lr_lam: float = 2e-3               # multiplier: projected dual ascent ...
+    lam_max: float = 1.0               # ... with a cap
+    adapt_lam: bool = True             # off: the multiplier stays as it is
+    lmbda: float = 0.75                # parity: weight of the smaller head group in a target
+    pid: tuple[float, float, float] = (0.1, 0.003, 0.001)      # parity: KP, KI, KD
+    standardise: bool = True           # observations by mean and std, rewards by their 98% quantile
+    reward_scale: float = 1.0          # used when standardise is off
+
+
+BC_SELECTIONS = ("all", "safe", "risky", "frontier", "boundary", "multi-task")
+
+
+@dataclass(frozen=True)
+class BCConfig:
+    mode: str = "default"              # default: corrected | parity: as OSRL does it
+    select: str = "safe"               # the trajectories that are imitated: one of BC_SELECTIONS
+    steps: int = 5000
+    batch: int = 128
+    hidden: tuple[int, ...] = (64, 64)
+    lr: float = 1e-3
+    cost_unit: float = 20.0            # multi-task: costs are divided by this where they are an input of the policy
+    standardise: bool = True           # observations by mean and std
+    gamma = reward_scale = 1.0         # no settings: returns are not discounted, rewards are not looked at
+
+
 # ---------------------------------------------------------------------------------------------------------- unlearners
 
 
@@ -146,12 +193,13 @@ class Thresholds:
 CONFIGS: dict[str, type] = {
     "data": DataConfig, "evaluate": EvaluateConfig, "thresholds": Thresholds,
     "inject": InjectConfig, "label_flip": LabelFlipConfig, "given": GivenConfig,
-    "bcq_lag": BCQLagConfig,
+    "bcq_lag": BCQLagConfig, "bear_lag": BEARLagConfig,
+    "bc": BCConfig,
     "finetune": FinetuneConfig, "finetune_nstep": FinetuneNStepConfig, "gradient_ascent": GradientAscentConfig,
     "saferule": SafeRULEConfig,
 }
 ATTACK_NAMES = ("inject", "label_flip", "given")
-LEARNER_NAMES = ("bcq_lag",)
+LEARNER_NAMES = ("bcq_lag", "bear_lag", "bc")
 UNLEARNER_NAMES = ("finetune", "finetune_nstep", "gradient_ascent", "saferule")   # 'retrain' is a condition of the training run
 STAGES = ("start", "data", "poison", "train", "unlearn", "evaluate", "table", "figures")
 
@@ -177,6 +225,7 @@ PROFILES: dict[str, Profile] = {
             "label_flip": {"budget": 0.15},
             "bcq_lag": {"steps": 900, "vae_steps": 200, "batch": 64, "hidden": (32, 32), "vae_hidden": 32, "lr": 3e-3,
                         "tau": 0.1, "lr_lam": 0.05, "lam_max": 0.75},
+            "bc": {"steps": 900, "batch": 64, "hidden": (32, 32), "lr": 3e-3},
             "finetune": {"steps": 90},
             "finetune_nstep": {"steps": 90, "suppress_steps": 60, "tau": 0.1},
             "gradient_ascent": {"steps": 90, "ascent_steps": 45},
@@ -191,6 +240,7 @@ PROFILES: dict[str, Profile] = {
             "data": {"source": "dsrl"},
             "bcq_lag": {"steps": 100_000, "vae_steps": 0, "batch": 512, "hidden": (256, 256), "vae_hidden": 400,
                         "gamma": 0.99, "tau": 0.005, "samples": 10},
+            "bc": {"steps": 100_000, "batch": 512, "hidden": (256, 256)},
             "finetune": {"steps": 10_000},
             "finetune_nstep": {"steps": 10_000, "suppress_steps": 5_000},
             "gradient_ascent": {"steps": 10_000, "ascent_steps": 5_000},

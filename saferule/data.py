@@ -30,9 +30,13 @@ class Batch(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A set of pool rows: ids int64 [n], weights float32 [n] in [0, 1]."""
+    """A set of pool rows: ids int64 [n], weights float32 [n] in [0, 1].
+
+    context: float32 [n, k], what a learner appends to obs and next_obs of these rows, in its own units (most: nothing).
+    """
     ids: Tensor
     weight: Tensor
+    context: Tensor | None = None
 
 
 class Units(NamedTuple):
@@ -88,7 +92,7 @@ class Pool:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the attacks' names, for a safetensors file."""
-        extra = {f"forget.{a}.{k}": v for a, rows in self._forget.items() for k, v in rows._asdict().items()}
+        extra = {f"forget.{a}.{k}": getattr(rows, k) for a, rows in self._forget.items() for k in ("ids", "weight")}
         return {**self.columns, **extra}
 
     @classmethod
@@ -100,7 +104,7 @@ class Pool:
         return cls(columns, attacks, forget)
 
     def to(self, device: torch.device | str) -> Pool:
-        forget = {a: Rows(*(v.to(device) for v in rows)) for a, rows in self._forget.items()}
+        forget = {a: Rows(rows.ids.to(device), rows.weight.to(device)) for a, rows in self._forget.items()}
         return Pool({k: v.to(device) for k, v in self.columns.items()}, self.attacks, forget)
 
     # --------------------------------------------------------------------------------------------------- attacks
@@ -292,6 +296,11 @@ class Sampler:
         self.ids = torch.stack([pad(lists[w].ids) for w in range(len(lists))]).to(device)          # [U, width]
         weighted = any(bool((r.weight != 1).any()) for r in rows)
         self.weight = torch.stack([pad(lists[w].weight) for w in range(len(lists))]).flatten().to(device) if weighted else None
+        context = [r.context for r in lists.values() if r.context is not None]
+        if context and len(context) < len(lists):
+            raise UserError("some replicas' rows have a context and others have none; they cannot be stacked.")
+        self.context = torch.stack([torch.nn.functional.pad(lists[w].context, (0, 0, 0, width - len(lists[w].ids)))
+                                    for w in range(len(lists))]).flatten(0, 1).to(device) if context else None    # [U width, k]
         self.offset = torch.tensor(which, device=device)[:, None] * width                          # [R, 1] into the flat lists
         self.count = torch.tensor([len(r.ids) for r in rows], device=device)[:, None]
         self.batch, self.R = batch, R
@@ -308,7 +317,11 @@ class Sampler:
         flat = self.packed[self.ids.flatten()[position]]                                           # [R, B, D]
         obs, action, reward, cost, next_obs, done = ((flat - self.loc) * self.inv).split(self.split, -1)
         weight = 1.0 if self.weight is None else self.weight[position]
+        obs, next_obs = self._in_context(obs, position), self._in_context(next_obs, position)
         return Batch(obs, action, reward[..., 0], cost[..., 0], next_obs, done[..., 0], 1.0, weight)
+
+    def _in_context(self, obs: Tensor, position: Tensor) -> Tensor:
+        return obs if self.context is None else torch.cat([obs, self.context[position]], -1)
 
     def sample(self, generator: torch.Generator) -> Batch:
         return self._batch(self._draw(generator))
@@ -322,5 +335,6 @@ class Sampler:
         end = (last - self.loc[..., -n_obs - 1:]) * self.inv[..., -n_obs - 1:]
         reward_inv = self.inv[..., n_obs + self.split[1]]                                           # [R, 1]
         long = short._replace(reward=self.long["reward"][position] * reward_inv, cost=self.long["cost"][position],
-                              next_obs=end[..., :n_obs], done=end[..., n_obs], steps=self.long["steps"][position])
+                              next_obs=self._in_context(end[..., :n_obs], position), done=end[..., n_obs],
+                              steps=self.long["steps"][position])
         return short, long

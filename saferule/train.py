@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import artifacts
-from .data import Batch, Units
+from .data import Batch, Pool, Rows, Units
 from .errors import UserError
 
 Extra = Mapping[str, Callable[[], Tensor]]             # loss name -> further term [R], added before the step
@@ -122,6 +122,15 @@ class Learner(nn.Module):
     def standardise(self, obs: Tensor) -> Tensor:
         """Raw observations [R, B, n_obs] in the learner's units."""
         return (obs - self.obs_mean[:, None]) / self.obs_std[:, None]
+
+    # ----------------------------------------------------------------------------------------------- the learner's rows
+    @staticmethod
+    def select_rows(pool: Pool, rows: Sequence[Rows], cfg: Any, cost_limits: Sequence[float]) -> list[Rows]:
+        """Which of its condition's rows each replica trains on: all, unless a learner says otherwise (BC).
+
+        cost_limits: per replica, per episode. Raises UserError if nothing is left.
+        """
+        return list(rows)
 
     # --------------------------------------------------------------------------------------------- to be provided
     def update(self, batch: Batch, t: int, target: Any = None, extra: Extra | None = None) -> dict[str, Tensor]:

@@ -10,6 +10,8 @@ from torch import Tensor
 SIZES = {"n_obs": 5, "n_act": 2, "hidden": (16, 12), "vae_hidden": 14, "heads": 2, "batch": 16, "samples": 3, "horizon": 50,
          "cost_limit": -10.0, "gamma": 0.95, "tau": 0.1, "lr": 3e-3, "steps": 3}
 
+BEAR = {"mmd_sigma": 2.0, "mmd_limit": 0.05, "match_samples": 4, "actor_start": 1, "lr_alpha": 0.5}       # BEAR-Lag's further ones
+
 
 def weight(name: str, shape: tuple[int, ...]) -> Tensor:
     """A parameter of OSRL's model by name: waves of amplitude 1 / sqrt(fan_in); [out, in] or [out]."""
@@ -23,6 +25,22 @@ def batch(step: int, rows: int, n_obs: int, n_act: int) -> dict[str, Tensor]:
     return {"obs": wave((rows, n_obs), 0.37), "action": 0.9 * wave((rows, n_act), 0.53), "reward": wave((rows,), 0.71),
             "cost": (wave((rows,), 0.91) > 0.2).float(), "next_obs": wave((rows, n_obs), 0.41),
             "done": (wave((rows,), 1.3) > 0.8).float()}
+
+
+TAIL = 3                               # rows of `trajectories` that no end follows
+
+
+def trajectories(episodes: int = 40) -> dict[str, Tensor]:
+    """Columns of a data set of short episodes, from cheap and poor to dear and good, and a tail without an end."""
+    length = [5 + k % 4 for k in range(episodes)]
+    k = torch.repeat_interleave(torch.arange(episodes + 1), torch.tensor([*length, TAIL])).double()
+    n, wave = len(k), torch.sin(0.9 * torch.arange(len(k), dtype=torch.float64))
+    end = torch.zeros(n)
+    end[torch.tensor(length).cumsum(0) - 1] = 1
+    obs, level = batch(0, n, 3, 2), k / episodes
+    return {**{name: obs[name] for name in ("obs", "action", "next_obs")}, "cost": (4 * level * (1 + wave)).floor().float(),
+            "reward": (level.sqrt() + 0.4 * torch.sin(1.7 * k)).float(),
+            "terminal": end * (k % 5 == 0), "timeout": end * (k % 5 != 0)}
 
 
 class Noise:

@@ -13,9 +13,11 @@ from ..data import Units
 from ..errors import UserError
 from ..tasks import Task
 from ..train import Learner
+from .bc import BC
 from .bcq_lag import BCQLag
+from .bear_lag import BEARLag
 
-LEARNERS: dict[str, type[Learner]] = {"bcq_lag": BCQLag}
+LEARNERS: dict[str, type[Learner]] = {"bcq_lag": BCQLag, "bear_lag": BEARLag, "bc": BC}
 assert tuple(LEARNERS) == LEARNER_NAMES
 
 

@@ -46,7 +46,8 @@ def train(task: Task, learner: str, attacks: Sequence[str], seeds: Sequence[int]
     pool = pool.to(device)
     table = replica_table(attacks, seeds)
     cfg = configuration(config)
-    rows = rows_of(pool, [line["condition"] for line in table])
+    rows = LEARNERS[learner].select_rows(pool, rows_of(pool, [line["condition"] for line in table]), cfg,
+                                         [config["cost_limit"]] * len(table))
     units = measure_units(pool, rows, standardise=cfg.standardise, reward_scale=cfg.reward_scale)
     limit = torch.full((len(table),), discounted_limit(config["cost_limit"], cfg.gamma, task.horizon))
     model = LEARNERS[learner](cfg, units, limit, [line["init_seed"] for line in table], n_act=task.n_act).to(device).ready()

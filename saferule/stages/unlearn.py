@@ -41,9 +41,11 @@ def unlearn(task: Task, learner: str, attacks: Sequence[str], method: str, seeds
     cfg = with_overrides(CONFIGS[method](), {k: v for k, v in config.items() if k in CONFIGS[method].__dataclass_fields__}, method)
     forged = ["cost" in inputs[f"poison:{a}"].json("facts.json")["threat"]["fields"] for a, _ in wanted]
     resume = Resume.beside(root, f"unlearn-{task.name}-{learner}-{method}", config, {"train": trained, **inputs})
+    retain = model.select_rows(pool, rows_of(pool, [f"{a}/retain" for a, _ in wanted]), model.cfg,
+                               [trained.config["cost_limit"]] * len(wanted))
     done = run_unlearning(
-        model, pool, rows_of(pool, [f"{a}/retain" for a, _ in wanted]), rows_of(pool, [f"{a}/forget" for a, _ in wanted]),
-        method, cfg, seed=20_000 + (seeds[0] if seeds else 0), forged_costs=forged, later_steps=cfg.steps,
+        model, pool, retain, rows_of(pool, [f"{a}/forget" for a, _ in wanted]), method, cfg,
+        seed=20_000 + (seeds[0] if seeds else 0), forged_costs=forged, later_steps=cfg.steps,
         snapshots_at=sorted({round(f * cfg.steps) for f in CURVE}), log_every=max(cfg.steps // 40, 1), resume=resume,
         progress=progress, on_log=on_log)
     snapshots = {f"{t}/{name}": value for t, weights in done.snapshots.items() for name, value in weights.items()}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..config import UNLEARNER_NAMES, one_of
 from ..data import Batch, Pool, Rows, Sampler
+from ..errors import UserError
 from ..train import History, Learner, Resume, fit
 
 
@@ -57,7 +58,7 @@ class Memory:
     def weigh_forget(self, gate: Sequence[Tensor]) -> None:
         """Multiply the forget weights by one factor per row: gate[r] [n_r] for replica r."""
         cfg = self.learner.cfg
-        rows = [Rows(r.ids.clone(), r.weight * g.to(r.weight)) for r, g in zip(self.rows, gate)]
+        rows = [r._replace(ids=r.ids.clone(), weight=r.weight * g.to(r.weight)) for r, g in zip(self.rows, gate)]
         self._forget = Sampler(self.pool, rows, cfg.batch, self.learner.units)
 
 
@@ -83,9 +84,12 @@ def unlearn(learner: Learner, pool: Pool, retain: Sequence[Rows], forget: Sequen
     retain, forget: one Rows per replica. cfg: the method's dataclass. forged_costs: per replica, may the cost labels
     of its forget rows be false (default: yes)? later_steps: ordinary steps on the retain rows after the budget, the relapse
     test. snapshots_at: step counts at which weights are kept. Further arguments go to `train.fit`. Raises UserError for an
-    unknown method.
+    unknown method, and for one that needs losses which the learner does not have.
     """
     chosen = UNLEARNERS[one_of("method", method, UNLEARNERS)]
+    if absent := [name for name in getattr(chosen, "NEEDS", ()) if name not in learner.LOSSES]:
+        raise UserError(f"method '{method}' works on a learner's critics, but {type(learner).__name__} has no {absent[0]}; "
+                        f"use 'finetune'.")
     learner.seed_noise(seed + 2)
     long_targets = getattr(cfg, "n_step_mix", 0) > 0
     memory = Memory(learner, pool, retain, forget, seed, n_step=cfg.n_step if long_targets else 1)

@@ -2,6 +2,6 @@
 
 Whatever Safe-RULE does better than this is due to suppressing the forget rows, not to faster value propagation.
 """
-from .saferule import phases
+from .saferule import NEEDS, phases
 
-__all__ = ["phases"]
+__all__ = ["NEEDS", "phases"]

@@ -11,6 +11,8 @@ from ..config import GradientAscentConfig
 from ..train import Learner
 from . import Memory, Phase
 
+NEEDS = "critic", "cost_critic"        # losses of the learner
+
 
 def phases(learner: Learner, memory: Memory, cfg: GradientAscentConfig, forged_costs: Sequence[bool]) -> Iterator[Phase]:
     def ascend(t: int):

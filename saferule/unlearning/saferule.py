@@ -23,6 +23,8 @@ from ..nets import MLP, generators
 from ..train import Learner
 from . import Memory, Phase
 
+NEEDS = "critic", "cost_critic"        # losses of the learner
+
 
 def suppress(value: Tensor, margin: Tensor, weight: Tensor | float, sign: int) -> Tensor:
     """Bounded push of critic heads past a margin: down (sign -1) or up (sign +1).
