@@ -92,10 +92,10 @@ class BEARLagConfig:
     beta: float = 0.05                 # weight of the VAE's KL term
     latent_clip: float = 1.0
     kernel: str = "gaussian"           # of the MMD: gaussian | laplacian
-    mmd_sigma: float = 0.2             # its width (parity: 50, of actions before their tanh)
-    mmd_limit: float = 0.05
+    mmd_sigma: float = 0.2             # its width (parity: 50)
+    mmd_limit: float = 0.01            # of the squared MMD (parity: 0.05, of its root)
     match_samples: int = 5             # actions compared in the MMD (OSRL: 10)
-    lr_alpha: float = 1e-3             # ascent of the logarithm of the MMD's multiplier
+    lr_alpha: float = 0.02             # ascent of the logarithm of the MMD's multiplier
     samples: int = 4                   # candidate actions in a target
     act_samples: int = 10              # candidate actions when acting
     heads: int = 2                     # of each critic
@@ -225,6 +225,8 @@ PROFILES: dict[str, Profile] = {
             "label_flip": {"budget": 0.15},
             "bcq_lag": {"steps": 900, "vae_steps": 200, "batch": 64, "hidden": (32, 32), "vae_hidden": 32, "lr": 3e-3,
                         "tau": 0.1, "lr_lam": 0.05, "lam_max": 0.75},
+            "bear_lag": {"steps": 900, "vae_steps": 200, "actor_start": 300, "batch": 64, "hidden": (32, 32), "vae_hidden": 32,
+                         "lr": 3e-3, "tau": 0.1, "lr_lam": 0.05, "lam_max": 0.75},
             "bc": {"steps": 900, "batch": 64, "hidden": (32, 32), "lr": 3e-3},
             "finetune": {"steps": 90},
             "finetune_nstep": {"steps": 90, "suppress_steps": 60, "tau": 0.1},
@@ -240,6 +242,8 @@ PROFILES: dict[str, Profile] = {
             "data": {"source": "dsrl"},
             "bcq_lag": {"steps": 100_000, "vae_steps": 0, "batch": 512, "hidden": (256, 256), "vae_hidden": 400,
                         "gamma": 0.99, "tau": 0.005, "samples": 10},
+            "bear_lag": {"steps": 100_000, "vae_steps": 0, "actor_start": 10_000, "batch": 512, "hidden": (256, 256),
+                         "vae_hidden": 400, "gamma": 0.99, "tau": 0.005, "samples": 10, "match_samples": 10},
             "bc": {"steps": 100_000, "batch": 512, "hidden": (256, 256)},
             "finetune": {"steps": 10_000},
             "finetune_nstep": {"steps": 10_000, "suppress_steps": 5_000},
