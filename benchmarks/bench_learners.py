@@ -17,7 +17,7 @@ from saferule.data import Pool, Rows, Sampler, measure_units
 from saferule.learners import LEARNERS, discounted_limit
 from saferule.tasks import get_task
 from saferule.train import prepare_process
-from saferule.unlearning import UNLEARNERS, Memory
+from saferule.unlearning import UNLEARNERS, Memory, missing_losses
 
 
 def pool_of(task, rows: int) -> Pool:
@@ -53,11 +53,11 @@ def main() -> None:
     forget = Rows(torch.arange(args.rows // 10), torch.ones(args.rows // 10))
     pool = pool.append("given", {}, forget)
     for name in LEARNER_NAMES:
-        for what in ("training", *UNLEARNER_NAMES):
+        for what in ("training", *(m for m in UNLEARNER_NAMES if not missing_losses(m, LEARNERS[name]))):
             base = None
             for R in args.replicas:
-                cfg = configured(name, "quick", task.name, {"vae_steps": 0})
-                rows = [pool.rows("given/retain")] * R
+                cfg = configured(name, "quick", task.name, {"vae_steps": 0} if "vae" in LEARNERS[name].LOSSES else {})
+                rows = LEARNERS[name].select_rows(pool, [pool.rows("given/retain")] * R, cfg, [1e9] * R)
                 units = measure_units(pool, rows)
                 limit = torch.full((R,), discounted_limit(20.0, cfg.gamma, task.horizon))
                 learner = LEARNERS[name](cfg, units, limit, list(range(R)), n_act=task.n_act).ready()

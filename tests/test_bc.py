@@ -15,7 +15,6 @@ from saferule.errors import UserError
 from saferule.learners import BC, LEARNERS, built, stack
 from saferule.learners.bc import near_frontier, select
 from saferule.tasks import get_task
-from saferule.train import Resume, fit
 from saferule.unlearning import unlearn
 
 RECORDED = json.loads((Path(__file__).parent / "data" / "osrl_bc.json").read_text())
@@ -201,9 +200,8 @@ def test_one_row_is_learnt_by_heart():
     assert torch.allclose(learner.act(pool.obs[None, 2:3])[0, 0], pool.action[2], atol=1e-3)
 
 
-def test_stacked_equals_separate(pool):
+def test_stacked_equals_separate_with_a_context(pool):
     stacked, rows = make(pool, "multi-task", 3)
-    train(stacked, pool, rows, 0)
     single = [make_learner(pool, rows[:1], seeds=[s], learner="bc", select="multi-task", qc_limit=20.0) for s in range(3)]
     sampler, stream = Sampler(pool, rows, 32, stacked.units), torch.Generator().manual_seed(0)
     for t in range(100):
@@ -213,48 +211,6 @@ def test_stacked_equals_separate(pool):
             one.update(Batch(*(f[r:r + 1] if isinstance(f, torch.Tensor) else f for f in batch)), t)
     for name, value in stacked.state_dict().items():
         assert torch.allclose(value, torch.cat([one.state_dict()[name] for one in single]), atol=1e-6, rtol=0), name
-
-
-def test_nan_in_one_replica_leaves_the_others_unchanged(pool):
-    (clean, rows), (hurt, _) = make(pool, replicas=3), make(pool, replicas=3)
-    batch = Sampler(pool, rows, 32, clean.units).sample(torch.Generator().manual_seed(0))
-    broken = batch._replace(obs=batch.obs.clone())
-    broken.obs[0] = float("nan")
-    clean.update(batch, 0)
-    hurt.update(broken, 0)
-    assert hurt.actor.layers[0].weight[0].isnan().any()
-    assert all(torch.equal(v[1:], hurt.state_dict()[k][1:]) for k, v in clean.state_dict().items())
-
-
-def test_the_loss_is_pure_and_ignores_the_order_of_the_batch(pool):
-    learner, rows = make(pool)
-    batch, before = Sampler(pool, rows, 32, learner.units).sample(torch.Generator().manual_seed(0)), learner.weights()
-    order = torch.randperm(32)
-    shuffled = Batch(*(f[:, order] if isinstance(f, torch.Tensor) else f for f in batch))
-    assert learner.actor_loss(batch).shape == (2,)
-    assert torch.allclose(learner.actor_loss(batch), learner.actor_loss(shuffled), atol=1e-6)
-    assert all(torch.equal(v, before[k]) for k, v in learner.weights().items())
-    assert learner.noise.get_state().equal(make(pool)[0].noise.get_state())            # nothing random in it
-
-
-def test_save_load_continue_equals_never_stopping(pool, tmp_path):
-    def run(steps, resume, stop=None):
-        learner, rows = make(pool)
-        stream, sampler = torch.Generator().manual_seed(1), Sampler(pool, rows, 32, learner.units)
-
-        def step(t):
-            if t == stop:
-                raise KeyboardInterrupt
-            return learner.update(sampler.sample(stream), t)
-
-        fit(step, steps, learner, [stream], log_every=5, resume=resume)
-        return learner.full_state()
-
-    whole, path = run(40, None), tmp_path / "state.safetensors"
-    with pytest.raises(KeyboardInterrupt):
-        run(40, Resume(path, "k", every_seconds=0), stop=23)
-    again = run(40, Resume(path, "k"))
-    assert all(torch.equal(v, again[k]) for k, v in whole.items())
 
 
 @pytest.mark.parametrize("selection", ["safe", "multi-task"])

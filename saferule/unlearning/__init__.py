@@ -76,6 +76,11 @@ UNLEARNERS: dict[str, Any] = {"finetune": finetune, "finetune_nstep": finetune_n
 assert tuple(UNLEARNERS) == UNLEARNER_NAMES
 
 
+def missing_losses(method: str, learner: Learner | type[Learner]) -> tuple[str, ...]:
+    """The losses that a method recombines and a learner does not have: methods that push critics cannot repair one without."""
+    return tuple(name for name in getattr(UNLEARNERS[method], "NEEDS", ()) if name not in learner.LOSSES)
+
+
 def unlearn(learner: Learner, pool: Pool, retain: Sequence[Rows], forget: Sequence[Rows], method: str, cfg: Any, seed: int = 0,
             forged_costs: Sequence[bool] | None = None, later_steps: int = 0, snapshots_at: Sequence[int] = (),
             resume: Resume | None = None, **loop: Any) -> Unlearned:
@@ -87,7 +92,7 @@ def unlearn(learner: Learner, pool: Pool, retain: Sequence[Rows], forget: Sequen
     unknown method, and for one that needs losses which the learner does not have.
     """
     chosen = UNLEARNERS[one_of("method", method, UNLEARNERS)]
-    if absent := [name for name in getattr(chosen, "NEEDS", ()) if name not in learner.LOSSES]:
+    if absent := missing_losses(method, learner):
         raise UserError(f"method '{method}' works on a learner's critics, but {type(learner).__name__} has no {absent[0]}; "
                         f"use 'finetune'.")
     learner.seed_noise(seed + 2)
