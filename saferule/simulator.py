@@ -32,6 +32,7 @@ import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from saferule.errors import UserError  # noqa: E402
+from saferule.notebook import die_with_parent  # noqa: E402
 from saferule.notebook import progress as progress_bar  # noqa: E402
 from saferule.tasks import Task  # noqa: E402
 
@@ -191,6 +192,7 @@ def cores() -> int:
 def _start_worker(share) -> None:
     global _shared
     _shared = share
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to handle
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)

@@ -2,6 +2,10 @@
 
 import dataclasses
 import hashlib
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,3 +110,25 @@ def test_bad_input():
         collect("BallRun", 3, seed=0, mix="wild")
     with pytest.raises(UserError, match="at least 1 episode"):
         collect("BallRun", 0, seed=0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="relies on Linux's parent-death signal")
+def test_a_killed_collection_leaves_no_process_behind():
+    """kill -9 of the process that collects also ends the processes that simulate."""
+    code = "from saferule.collect import collect; collect('CarCircle', 400, 0, workers=2, progress=False)"
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    workers: list[str] = []
+    for _ in range(600):
+        time.sleep(0.05)
+        if len(workers := children.read_text().split()) == 2:
+            break
+    assert len(workers) == 2
+    time.sleep(0.5)                                                            # past the fork, in the simulator
+    parent.kill()
+    parent.wait()
+    for _ in range(200):
+        if not any(Path(f"/proc/{pid}").exists() for pid in workers):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"still running: {workers}")
