@@ -12,9 +12,14 @@ from saferule.attacks import poison
 from saferule.config import CONFIGS, UNLEARNER_NAMES, FinetuneConfig, InjectConfig, SafeRULEConfig
 from saferule.data import Rows, Sampler
 from saferule.errors import UserError
+from saferule.learners import LEARNERS
 from saferule.train import Resume
 from saferule.unlearning import Memory, unlearn
 from saferule.unlearning.saferule import gate, margins, suppress
+
+WITH_CRITICS = [name for name, kind in LEARNERS.items() if {"critic", "cost_critic"} <= set(kind.LOSSES)]
+each_learner = pytest.mark.parametrize("kind", WITH_CRITICS)
+each_method = pytest.mark.parametrize("method", UNLEARNER_NAMES)
 
 
 def small(method, **more):
@@ -92,8 +97,9 @@ def test_gate_opens_only_where_the_label_is_a_lie():
 
 
 # -------------------------------------------------------------------------------------------------------- the methods
-def test_signs_forget_values_fall_and_forget_costs_rise():
-    learner, pool, retain, forget = poisoned(steps=300, gamma=0.5, tau=0.1, lr=3e-3)       # values have settled
+@each_learner
+def test_signs_forget_values_fall_and_forget_costs_rise(kind):
+    learner, pool, retain, forget = poisoned(learner=kind, steps=300, gamma=0.5, tau=0.1, lr=3e-3)       # values have settled
     ids = forget[0].ids
     obs, act = learner.standardise(pool.obs[ids][None].expand(2, -1, -1)), pool.action[ids][None].expand(2, -1, -1)
     before = learner.critic(obs, act).mean(), learner.cost_critic(obs, act).mean()
@@ -103,11 +109,12 @@ def test_signs_forget_values_fall_and_forget_costs_rise():
     assert learner.cost_critic(obs, act).mean() > before[1]
 
 
-def test_all_weights_zero_equals_fine_tuning_bit_for_bit():
+@each_learner
+def test_all_weights_zero_equals_fine_tuning_bit_for_bit(kind):
     results = []
     nothing = small("saferule", weight=0.0, weight_ungated=1e-30, n_step_mix=0.0, freeze_lam=False, tau=0.02)
     for method, cfg in (("finetune", FinetuneConfig(steps=20)), ("saferule", nothing)):
-        learner, pool, retain, forget = poisoned()
+        learner, pool, retain, forget = poisoned(learner=kind)
         if method == "finetune":
             learner.reset_optimiser("vae")                                     # Safe-RULE refits the VAE with fresh moments
         results.append(unlearn(learner, pool, retain, forget, method, cfg).learner.full_state())
@@ -126,12 +133,13 @@ def test_rows_of_weight_zero_are_as_if_absent():
     assert all(torch.equal(v, results[1][k]) for k, v in results[0].items())
 
 
-@pytest.mark.parametrize("method", UNLEARNER_NAMES)
-def test_replicas_do_not_touch_each_other(method):
+@each_learner
+@each_method
+def test_replicas_do_not_touch_each_other(method, kind):
     """NaN in the forget rows of replica 0 leaves replica 1 as it was."""
     states = []
     for hurt in (False, True):
-        learner, pool, retain, forget = poisoned()
+        learner, pool, retain, forget = poisoned(learner=kind)
         if hurt:
             broken = pool.to("cpu")
             broken.columns["obs"] = pool.obs.clone()
@@ -147,10 +155,11 @@ def test_replicas_do_not_touch_each_other(method):
         assert torch.equal(value[members:], states[1].learner.weights()[name][members:]), name
 
 
-@pytest.mark.parametrize("method", UNLEARNER_NAMES)
-def test_killed_and_resumed_equals_never_stopping(method, tmp_path):
+@each_learner
+@each_method
+def test_killed_and_resumed_equals_never_stopping(method, kind, tmp_path):
     def run(resume, stop=None):
-        learner, pool, retain, forget = poisoned()
+        learner, pool, retain, forget = poisoned(learner=kind)
         if stop is not None:
             original, calls = learner.update, []
 
