@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from conftest import make_learner, make_pool
-from saferule.config import BCQLagConfig
+from saferule.config import CONFIGS, BCQLagConfig
 from saferule.data import Batch, Sampler, Units
 from saferule.learners import LEARNERS
 from saferule.learners.shared import Targets
@@ -343,15 +343,17 @@ def test_checkpoints_of_another_shape_are_refused(pool):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_captured_equals_eager(pool):
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_captured_equals_eager(pool, kind):
     """50 updates replayed from a CUDA graph against 50 eager ones, same noise: max difference 1e-6."""
     from saferule import train
-    states = []
+    small = {"vae_steps": 5, "actor_start": 10, "batch": 32}
+    cfg, states = CONFIGS[kind](**{k: v for k, v in small.items() if k in CONFIGS[kind].__dataclass_fields__}), []
     for captured in (True, False):
         data = pool.to("cuda")
         rows = [data.rows("clean")] * 2
         units = Units(torch.zeros(2, 4), torch.ones(2, 4), torch.ones(2))
-        learner = LEARNERS["bcq_lag"](BCQLagConfig(vae_steps=5, batch=32), units, torch.full((2,), 2.0), [0, 1], n_act=2)
+        learner = LEARNERS[kind](cfg, units, torch.full((2,), 2.0), [0, 1], n_act=2)
         learner = learner.to("cuda").ready()
         learner.seed_noise(0)
         stream = torch.Generator("cuda").manual_seed(1)
