@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -119,7 +119,7 @@ class BEARLag(Lagrangian):
         self.log_alpha.add_(self.cfg.lr_alpha * self.log_alpha.exp() * error).clamp_(-5, 5)
 
     def update(self, batch: Batch, t: int, target: Targets | None = None, extra: Extra | None = None) -> dict[str, Tensor]:
-        out: dict[str, Any] = {"vae": self.minimise("vae", self.vae_loss(batch), extra)}
+        out = {"vae": self.minimise("vae", self.vae_loss(batch), extra)}
         if t < self.cfg.vae_steps:
             return out
         target = target or self.targets(batch)
