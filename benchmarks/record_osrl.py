@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import subprocess
 import sys
@@ -98,6 +99,38 @@ def record_bear_lag(path: Path) -> dict:
     return {"settings": more, **updates(trainer, {**LOGGED, "mmd": "mmd_loss", "alpha": "alpha_value"})}
 
 
+def record_cpq(path: Path) -> dict:
+    z, more, module = golden.SIZES, golden.CPQ, load_osrl(path, "algorithms.cpq")
+    hidden = list(z["hidden"])
+    model = module.CPQ(z["n_obs"], z["n_act"], 1.0, hidden, hidden, z["vae_hidden"], z["samples"], z["gamma"], z["tau"], beta=0.5,
+                       num_q=z["heads"], num_qc=z["heads"], qc_scalar=more["ood_limit"], cost_limit=golden.CPQ_COST_LIMIT,
+                       episode_len=z["horizon"])
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(golden.weight(name.replace("_old.", "."), tuple(p.shape)))             # targets start equal
+    trainer = module.CPQTrainer(model, env=None, actor_lr=more["lr_actor"], critic_lr=z["lr"], alpha_lr=more["lr_alpha"],
+                                vae_lr=z["lr"])
+    stored: dict[str, float] = {}
+    trainer.logger.store = lambda **scalars: stored.update(scalars)
+    noise, steps = golden.Noise(), []
+    used = itertools.cycle([True, True, True, False, True, False, True])       # of two draws per step OSRL makes no use
+
+    def draw(*shape: int) -> torch.Tensor:
+        return noise(*shape) if next(used) else torch.zeros(shape)
+
+    with mock.patch("torch.randn_like", lambda t: draw(*t.shape)), \
+            mock.patch("torch.normal", lambda mean, std: mean + std * draw(*mean.shape)), \
+            mock.patch("torch.distributions.normal._standard_normal", lambda shape, dtype, device: draw(*shape)):
+        for t in range(z["steps"]):
+            b = golden.batch(t, z["batch"], z["n_obs"], z["n_act"])
+            trainer.train_one_step(b["obs"], b["next_obs"], b["action"], b["reward"], b["cost"], b["done"])
+            parameters = {name: p for name, p in model.named_parameters() if not name.startswith("actor_old.")}   # never used
+            steps.append({"vae": stored["loss/loss_vae"], "critic": stored["loss/critic_loss"],
+                          "cost_critic": stored["loss/cost_critic_loss"], "actor": stored["loss/actor_loss"],
+                          "alpha": stored["loss/alpha_value"], "parameters": golden.checksums(parameters)})
+    return {"settings": more, "cost_limit": golden.CPQ_COST_LIMIT, "steps": steps, "noise_calls": noise.calls}
+
+
 def record_bc(path: Path) -> dict:
     z, module = golden.SIZES, load_osrl(path, "algorithms.bc")
     model = module.BC(z["n_obs"], z["n_act"], 1.0, list(z["hidden"]), z["horizon"])
@@ -122,7 +155,7 @@ def record_bc(path: Path) -> dict:
     return {"steps": steps, "selection_limit": limit, "selected": selected}
 
 
-RECORDERS = {"bcq_lag": record_bcq_lag, "bear_lag": record_bear_lag, "bc": record_bc}
+RECORDERS = {"bcq_lag": record_bcq_lag, "bear_lag": record_bear_lag, "cpq": record_cpq, "bc": record_bc}
 
 
 def main() -> None:

@@ -108,6 +108,34 @@ class BEARLagConfig:
     reward_scale: float = 1.0          # used when standardise is off
 
 
+@dataclass(frozen=True)
+class CPQConfig:
+    mode: str = "default"              # default: corrected | parity: as OSRL does it
+    steps: int = 5000
+    vae_steps: int = 1000              # the first of these steps fit the VAE, and the actor to the data
+    batch: int = 128
+    hidden: tuple[int, ...] = (64, 64)
+    vae_hidden: int = 64
+    lr: float = 1e-3                   # of VAE and critics
+    lr_actor: float = 3e-4
+    gamma: float = 0.97
+    tau: float = 0.02
+    beta: float = 0.05                 # weight of the VAE's KL term
+    samples: int = 4                   # actions per state in a target, and in the search for strange ones
+    act_samples: int = 10              # actions among which the best is acted
+    heads: int = 2                     # of each critic
+    clone: float = 1.0                 # weight of the data's likelihood in the actor's loss (default only)
+    retreat: float = 1.0               # weight of the cost beyond the limit in an action's merit
+    worst_quantile: float = 0.02       # of the rewards: what an unsafe action earns for ever
+    ood_quantile: float = 0.9          # of the data's KL: an action beyond is strange (parity: of the sampled actions', 0.75)
+    ood_limit: float = 1.5             # strange actions shall cost this many discounted limits ...
+    alpha: float = 0.02                # ... a wish of this weight, which follows ...
+    lr_alpha: float = 1e-4             # ... the shortfall
+    adapt_lam: bool = True             # off: the weight stays as it is
+    standardise: bool = True           # observations by mean and std, rewards by their 98% quantile
+    reward_scale: float = 1.0          # used when standardise is off
+
+
 BC_SELECTIONS = ("all", "safe", "risky", "frontier", "boundary", "multi-task")
 
 
@@ -194,12 +222,13 @@ CONFIGS: dict[str, type] = {
     "data": DataConfig, "evaluate": EvaluateConfig, "thresholds": Thresholds,
     "inject": InjectConfig, "label_flip": LabelFlipConfig, "given": GivenConfig,
     "bcq_lag": BCQLagConfig, "bear_lag": BEARLagConfig,
+    "cpq": CPQConfig,
     "bc": BCConfig,
     "finetune": FinetuneConfig, "finetune_nstep": FinetuneNStepConfig, "gradient_ascent": GradientAscentConfig,
     "saferule": SafeRULEConfig,
 }
 ATTACK_NAMES = ("inject", "label_flip", "given")
-LEARNER_NAMES = ("bcq_lag", "bear_lag", "bc")
+LEARNER_NAMES = ("bcq_lag", "bear_lag", "cpq", "bc")
 UNLEARNER_NAMES = ("finetune", "finetune_nstep", "gradient_ascent", "saferule")   # 'retrain' is a condition of the training run
 STAGES = ("start", "data", "poison", "train", "unlearn", "evaluate", "table", "figures")
 
@@ -227,6 +256,8 @@ PROFILES: dict[str, Profile] = {
                         "tau": 0.1, "lr_lam": 0.05, "lam_max": 0.75},
             "bear_lag": {"steps": 900, "vae_steps": 200, "actor_start": 300, "batch": 64, "hidden": (32, 32), "vae_hidden": 32,
                          "lr": 3e-3, "tau": 0.1, "lr_lam": 0.05, "lam_max": 0.75},
+            "cpq": {"steps": 900, "vae_steps": 200, "batch": 64, "hidden": (32, 32), "vae_hidden": 32, "lr": 3e-3, "lr_actor": 1e-3,
+                    "tau": 0.1},
             "bc": {"steps": 900, "batch": 64, "hidden": (32, 32), "lr": 3e-3},
             "finetune": {"steps": 90},
             "finetune_nstep": {"steps": 90, "suppress_steps": 60, "tau": 0.1},
@@ -244,6 +275,8 @@ PROFILES: dict[str, Profile] = {
                         "gamma": 0.99, "tau": 0.005, "samples": 10},
             "bear_lag": {"steps": 100_000, "vae_steps": 0, "actor_start": 10_000, "batch": 512, "hidden": (256, 256),
                          "vae_hidden": 400, "gamma": 0.99, "tau": 0.005, "samples": 10, "match_samples": 10},
+            "cpq": {"steps": 100_000, "vae_steps": 0, "batch": 512, "hidden": (256, 256), "vae_hidden": 400, "lr_actor": 1e-4,
+                    "gamma": 0.99, "tau": 0.005, "samples": 10},
             "bc": {"steps": 100_000, "batch": 512, "hidden": (256, 256)},
             "finetune": {"steps": 10_000},
             "finetune_nstep": {"steps": 10_000, "suppress_steps": 5_000},

@@ -11,6 +11,8 @@ SIZES = {"n_obs": 5, "n_act": 2, "hidden": (16, 12), "vae_hidden": 14, "heads": 
          "cost_limit": -10.0, "gamma": 0.95, "tau": 0.1, "lr": 3e-3, "steps": 3}
 
 BEAR = {"mmd_sigma": 2.0, "mmd_limit": 0.05, "match_samples": 4, "actor_start": 1, "lr_alpha": 0.5}       # BEAR-Lag's further ones
+CPQ = {"lr_actor": 1e-3, "lr_alpha": 0.5, "ood_limit": 1.5, "ood_quantile": 0.75, "alpha": 1.0}     # and those of CPQ
+CPQ_COST_LIMIT = -1.2                  # some actions look safe, some do not
 
 
 def weight(name: str, shape: tuple[int, ...]) -> Tensor:

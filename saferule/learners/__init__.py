@@ -16,8 +16,9 @@ from ..train import Learner
 from .bc import BC
 from .bcq_lag import BCQLag
 from .bear_lag import BEARLag
+from .cpq import CPQ
 
-LEARNERS: dict[str, type[Learner]] = {"bcq_lag": BCQLag, "bear_lag": BEARLag, "bc": BC}
+LEARNERS: dict[str, type[Learner]] = {"bcq_lag": BCQLag, "bear_lag": BEARLag, "cpq": CPQ, "bc": BC}
 assert tuple(LEARNERS) == LEARNER_NAMES
 
 
