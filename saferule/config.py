@@ -117,14 +117,13 @@ class CPQConfig:
     hidden: tuple[int, ...] = (64, 64)
     vae_hidden: int = 64
     lr: float = 1e-3                   # of VAE and critics
-    lr_actor: float = 3e-4
+    lr_actor: float = 1e-3
     gamma: float = 0.97
     tau: float = 0.02
     beta: float = 0.05                 # weight of the VAE's KL term
-    samples: int = 4                   # actions per state in a target, and in the search for strange ones
-    act_samples: int = 10              # actions among which the best is acted
+    samples: int = 4                   # actions per state among which strange ones are sought
     heads: int = 2                     # of each critic
-    clone: float = 1.0                 # weight of the data's likelihood in the actor's loss (default only)
+    clone: float = 10.0                # weight of the data's likelihood in the actor's loss (default only)
     retreat: float = 1.0               # weight of the cost beyond the limit in an action's merit
     worst_quantile: float = 0.02       # of the rewards: what an unsafe action earns for ever
     ood_quantile: float = 0.9          # of the data's KL: an action beyond is strange (parity: of the sampled actions', 0.75)

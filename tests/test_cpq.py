@@ -12,7 +12,7 @@ from saferule.learners.cpq import quantile
 
 def one_replica(mode="default", limit=3.17, **cfg):
     units = Units(torch.zeros(1, 1), torch.ones(1, 1), torch.ones(1))
-    small = {"mode": mode, "vae_steps": 0, "hidden": (4,), "vae_hidden": 4, "samples": 2, "act_samples": 2, "gamma": 0.9,
+    small = {"mode": mode, "vae_steps": 0, "hidden": (4,), "vae_hidden": 4, "samples": 2, "gamma": 0.9,
              "clone": 0.0}
     learner = LEARNERS["cpq"](CPQConfig(**{**small, **cfg}), units, torch.tensor([limit]), [0], n_act=1).ready()
     learner.seed_noise(0)
@@ -96,17 +96,27 @@ def test_the_actor_climbs_value_where_safe_and_descends_cost_where_not(cost, sig
     assert sign * (learner.actor(batch.obs)[0].item() - before) > 0.1
 
 
-def test_acting_takes_the_best_safe_candidate_and_the_cheapest_if_none_is_safe():
-    """Q = a. C = 10 a with limit 2: the largest a up to .2. C = 10 + a: the smallest a."""
-    learner = one_replica(act_samples=50, limit=2.0)
-    obs, generator = torch.zeros(1, 3, 1), lambda: torch.Generator().manual_seed(0)
-    a = learner.unsquashed(obs, 50, generator()).tanh().view(1, 3, 50)
-    of_action(lambda a: (a, a), lambda a: (10 * a, 10 * a))(learner)
-    assert torch.equal(learner.act(obs, generator())[..., 0], torch.where(a <= 0.2, a, -9.0).amax(-1))
-    of_action(lambda a: (a, a), lambda a: (10 + a, 10 + a))(learner)
-    assert torch.equal(learner.act(obs, generator())[..., 0], a.amin(-1))
-    parity = one_replica("parity")
-    assert torch.equal(parity.act(obs, generator()), parity.actor(obs)[0].tanh())
+def test_acting_is_the_squashed_mean_and_a_clone_learns_the_data():
+    """Cloned to a = .5, the actor acts .5: the median of its actions."""
+    learner, batch = one_replica(vae_steps=400, lr_actor=0.02), row()._replace(action=torch.full((1, 1, 1), 0.5))
+    for _ in range(400):
+        learner.minimise("actor", learner.clone_loss(batch))
+        learner.minimise("vae", learner.vae_loss(batch))
+    assert learner.act(batch.obs, torch.Generator()).item() == pytest.approx(0.5, abs=0.05)
+    assert torch.equal(learner.act(batch.obs, torch.Generator()), learner.actor(batch.obs)[0].tanh())
+
+
+def test_the_clone_term_is_added_to_the_actors_loss():
+    """mean 0, std 1, a = tanh(.5): -log-likelihood .5^2 / 2, weighted by 2; parity has no such term."""
+    for mode in ("default", "parity"):
+        learner = one_replica(mode, clone=2.0)
+        for net, value in ((learner.critic.net, [2, 4]), (learner.cost_critic.net, [1, 3])):
+            constant(net, value)
+        with torch.no_grad():
+            for p in learner.actor.parameters():
+                p.zero_()
+        batch = row()._replace(action=torch.full((1, 1, 1), 0.5).tanh())
+        assert learner.actor_loss(batch).item() == pytest.approx(-2 + (2 * 0.125 if mode == "default" else 0), abs=1e-5)
 
 
 # -------------------------------------------------------------------------------------------------------- strange actions
@@ -208,7 +218,7 @@ def test_strange_actions_become_costly():
 
 # ------------------------------------------------------------------------------------------------------ probe problems
 def run_probe(batch, steps=1000, **cfg):
-    learner = one_replica(**{"tau": 0.1, "lr": 3e-3, "alpha": 1e-9, "adapt_lam": False, **cfg})
+    learner = one_replica(**{"tau": 0.1, "lr": 3e-3, "alpha": 1e-9, "adapt_lam": False, "clone": 10.0, **cfg})
     for t in range(steps):
         learner.update(batch, t)
     return learner.critic(batch.obs, batch.action).mean().item(), learner.cost_critic(batch.obs, batch.action).mean().item()
@@ -224,7 +234,7 @@ def test_probe_one_row_that_ends(mode):
 
 
 def test_probe_self_loop():
-    """A state that returns to itself for ever, whatever is done: C = c / (1 - gamma); Q = r / (1 - gamma) where that is safe.
+    """A state that returns to itself under the data's action for ever: C = c / (1 - gamma); Q = r / (1 - gamma) where that is safe.
 
     Where it is not, every action is worth `worst` = 0 (no reward is negative): Q = r.
     """

@@ -13,9 +13,10 @@ Deviations  (mode='default'; each is ours unless noted)
             4. an unsafe action is worth `worst`, the worst reward of the data for ever, where that is below 0: with
                negative rewards 0 would be a premium
             5. where an action looks unsafe the actor descends Qc (OSRL: no gradient there, so it can never come back)
-            6. targets and acting take the best of a few sampled actions by the same merit as the actor climbs (OSRL: one
-               sample in targets, the mean when acting), and both targets share it
-            7. both targets stop at terminal rows and bootstrap through time-outs
+            6. the actor keeps near the data by `clone` times their likelihood: without it, it climbs to actions whose
+               values and costs the critics make up, and the term of strange actions alone does not hold it
+            7. both targets stop at terminal rows, bootstrap through time-outs, and take the mean action, the one acted
+               (OSRL: a sample each): a policy as wide as the data looks unsafe by its own noise
             8. for the first `vae_steps` steps the VAE is fitted, and the actor to the data; standardised units
 Shapes      R replicas, B batch, E heads, K sampled actions; every batch field is [R, B, ...]
 """
@@ -80,27 +81,15 @@ class CPQ(Learner):
         return value if self.parity else value - self.cfg.retreat * (qc - self.qc_limit).clamp(min=0)
 
     @torch.no_grad()
-    def best(self, obs: Tensor, samples: int, target: bool,
-             generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Among `samples` actions per state the one of largest merit: action [R, B, n_act], Q and Qc [R, B]."""
-        critic, cost_critic = (getattr(self, n + "_target" * target) for n in ("critic", "cost_critic"))
-        R, B, _ = obs.shape
-        a, many = self.unsquashed(obs, samples, generator).tanh(), repeated(obs, samples)
-        q, qc = self.pessimistic(critic(many, a), cost=False), self.pessimistic(cost_critic(many, a), cost=True)
-        j = self.merit(q, qc).view(R, B, samples).argmax(-1, keepdim=True)               # [R, B, 1]
-        q, qc = (x.view(R, B, samples).gather(-1, j).squeeze(-1) for x in (q, qc))
-        return a.view(R, B, samples, -1).gather(2, j[..., None].expand(-1, -1, -1, self.n_act)).squeeze(2), q, qc
+    def act(self, obs: Tensor, generator: torch.Generator) -> Tensor:          # the squashed mean
+        return self.actor(self.standardise(obs))[0].tanh()
 
     @torch.no_grad()
-    def act(self, obs: Tensor, generator: torch.Generator) -> Tensor:
-        obs = self.standardise(obs)
-        if self.parity:
-            return self.actor(obs)[0].tanh()
-        return self.best(obs, self.cfg.act_samples, target=False, generator=generator)[0]
-
     def value(self, obs: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Target networks' reward and cost value of the policy's own action at standardised obs: [R, B] each."""
-        return self.best(obs, 1 if self.parity else self.cfg.samples, target=True, generator=generator)[1:]
+        """Target networks' reward and cost value of the action acted at standardised obs (parity: of a sample): [R, B] each."""
+        a = (self.unsquashed(obs, generator=generator) if self.parity else self.actor(obs)[0]).tanh()
+        return (self.pessimistic(self.critic_target(obs, a), cost=False),
+                self.pessimistic(self.cost_critic_target(obs, a), cost=True))
 
     # ------------------------------------------------------------------------------------------------ the losses
     def vae_loss(self, batch: Batch) -> Tensor:
