@@ -135,6 +135,29 @@ class CPQConfig:
     reward_scale: float = 1.0          # used when standardise is off
 
 
+DIVERGENCES = ("softchi", "chi2", "kl")
+
+
+@dataclass(frozen=True)
+class COptiDICEConfig:
+    mode: str = "default"              # default: corrected | parity: as OSRL does it
+    steps: int = 5000
+    batch: int = 128
+    hidden: tuple[int, ...] = (64, 64)
+    lr: float = 1e-3                   # of nu and chi
+    lr_actor: float = 1e-3
+    lr_scalar: float = 1e-3            # of multiplier and temperature
+    gamma: float = 0.99
+    alpha: float = 0.5                 # weight of the divergence from the data's distribution
+    divergence: str = "softchi"        # its f: one of DIVERGENCES
+    heads: int = 2                     # of nu and chi
+    kl_limit: float = 0.01             # of the weights that overestimate the cost; 0: no overestimate
+    noise: float = 0.1                 # on the actor's observations and actions, in units of the data's std
+    clip: float = 0.99                 # actions beyond are taken for this where their tanh is undone
+    standardise: bool = True           # observations by mean and std, rewards by their 98% quantile
+    reward_scale: float = 1.0          # used when standardise is off
+
+
 BC_SELECTIONS = ("all", "safe", "risky", "frontier", "boundary", "multi-task")
 
 
@@ -217,17 +240,18 @@ class Thresholds:
     share_of_training_steps: float = 0.10
 
 
-CONFIGS: dict[str, type] = {
-    "data": DataConfig, "evaluate": EvaluateConfig, "thresholds": Thresholds,
-    "inject": InjectConfig, "label_flip": LabelFlipConfig, "given": GivenConfig,
-    "bcq_lag": BCQLagConfig, "bear_lag": BEARLagConfig,
-    "cpq": CPQConfig,
-    "bc": BCConfig,
-    "finetune": FinetuneConfig, "finetune_nstep": FinetuneNStepConfig, "gradient_ascent": GradientAscentConfig,
-    "saferule": SafeRULEConfig,
+BC_NAMES = tuple("bc_" + select.replace("-", "") for select in BC_SELECTIONS)
+CONFIGS: dict[str, Any] = {                        # name -> defaults
+    "data": DataConfig(), "evaluate": EvaluateConfig(), "thresholds": Thresholds(),
+    "inject": InjectConfig(), "label_flip": LabelFlipConfig(), "given": GivenConfig(),
+    "bcq_lag": BCQLagConfig(), "bear_lag": BEARLagConfig(), "cpq": CPQConfig(),
+    "coptidice": COptiDICEConfig(),
+    **{name: BCConfig(select=select) for name, select in zip(BC_NAMES, BC_SELECTIONS)},
+    "finetune": FinetuneConfig(), "finetune_nstep": FinetuneNStepConfig(), "gradient_ascent": GradientAscentConfig(),
+    "saferule": SafeRULEConfig(),
 }
 ATTACK_NAMES = ("inject", "label_flip", "given")
-LEARNER_NAMES = ("bcq_lag", "bear_lag", "cpq", "bc")
+LEARNER_NAMES = ("bcq_lag", "bear_lag", "cpq", *BC_NAMES)
 UNLEARNER_NAMES = ("finetune", "finetune_nstep", "gradient_ascent", "saferule")   # 'retrain' is a condition of the training run
 STAGES = ("start", "data", "poison", "train", "unlearn", "evaluate", "table", "figures")
 
@@ -257,7 +281,7 @@ PROFILES: dict[str, Profile] = {
                          "lr": 3e-3, "tau": 0.1, "lr_lam": 0.05, "lam_max": 0.75},
             "cpq": {"steps": 900, "vae_steps": 200, "batch": 64, "hidden": (32, 32), "vae_hidden": 32, "lr": 3e-3, "lr_actor": 1e-3,
                     "tau": 0.1},
-            "bc": {"steps": 900, "batch": 64, "hidden": (32, 32), "lr": 3e-3},
+            **dict.fromkeys(BC_NAMES, {"steps": 900, "batch": 64, "hidden": (32, 32), "lr": 3e-3}),
             "finetune": {"steps": 90},
             "finetune_nstep": {"steps": 90, "suppress_steps": 60, "tau": 0.1},
             "gradient_ascent": {"steps": 90, "ascent_steps": 45},
@@ -276,7 +300,7 @@ PROFILES: dict[str, Profile] = {
                          "vae_hidden": 400, "gamma": 0.99, "tau": 0.005, "samples": 10, "match_samples": 10},
             "cpq": {"steps": 100_000, "vae_steps": 0, "batch": 512, "hidden": (256, 256), "vae_hidden": 400, "lr_actor": 1e-4,
                     "gamma": 0.99, "tau": 0.005, "samples": 10},
-            "bc": {"steps": 100_000, "batch": 512, "hidden": (256, 256)},
+            **dict.fromkeys(BC_NAMES, {"steps": 100_000, "batch": 512, "hidden": (256, 256)}),
             "finetune": {"steps": 10_000},
             "finetune_nstep": {"steps": 10_000, "suppress_steps": 5_000},
             "gradient_ascent": {"steps": 10_000, "ascent_steps": 5_000},
@@ -322,7 +346,7 @@ def configured(name: str, profile: str, task: str, overrides: Mapping[str, Any] 
     """The dataclass for `name` (a learner, attack, method, 'data', 'evaluate') with task, profile and user diffs applied."""
     one_of("configuration", name, CONFIGS)
     one_of("profile", profile, PROFILES)
-    config = CONFIGS[name]()
+    config = CONFIGS[name]
     for diff in (TASK_CONFIG.get(task, {}), PROFILES[profile].config):
         config = with_overrides(config, diff.get(name, {}), name)
     return with_overrides(config, overrides or {}, name)

@@ -38,6 +38,30 @@ class Policy(Protocol):
         ...
 
 
+class Begun(Protocol):
+    """A policy amid E episodes: what its `begin(E)` returns, if it has one and remembers; else the policy itself."""
+
+    def act(self, obs: Tensor, generator: torch.Generator) -> Tensor: ...
+
+    def observe(self, reward: Tensor, cost: Tensor) -> None:
+        """What the last action brought, [R, E] each; 0 in episodes that are over."""
+        ...
+
+
+def _begun(policy: Policy, episodes: int) -> Begun:
+    return policy.begin(episodes) if hasattr(policy, "begin") else _Forgetful(policy)
+
+
+class _Forgetful:
+    """A policy without memory."""
+
+    def __init__(self, policy: Policy):
+        self.act = policy.act
+
+    def observe(self, reward: Tensor, cost: Tensor) -> None:
+        pass
+
+
 class _One:
     """Replica r of a policy that cannot `pick`."""
 
@@ -58,7 +82,7 @@ def _replica(policy: Policy, r: int) -> Policy:
     return policy.pick([r]) if hasattr(policy, "pick") else _One(policy, r)
 
 
-def _actions(policy: Policy, obs: np.ndarray, generator: torch.Generator, r: int, n_act: int) -> np.ndarray:
+def _actions(policy: Begun, obs: np.ndarray, generator: torch.Generator, r: int, n_act: int) -> np.ndarray:
     """obs [E, n_obs] -> actions [E, n_act] in [-1, 1]. Raises UserError if they are not finite or have another shape."""
     with torch.no_grad():
         action = policy.act(torch.from_numpy(obs)[None], generator)
@@ -73,7 +97,7 @@ def _actions(policy: Policy, obs: np.ndarray, generator: torch.Generator, r: int
 
 def _block(task: Task, r: int, episodes: list[int], block: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Some episodes of one replica, side by side: ret, cost, length [len(episodes)]."""
-    policy = _replica(simulator.shared(), r)
+    policy = _begun(_replica(simulator.shared(), r), len(episodes))
     generator = torch.Generator().manual_seed(_seed(seed, 1, block))
     envs = [simulator.make(task, _seed(seed, 0, e)) for e in episodes]
     obs = np.stack([env.reset()[0] for env in envs]).astype(np.float32)
@@ -81,13 +105,15 @@ def _block(task: Task, r: int, episodes: list[int], block: int, seed: int) -> tu
     alive = list(range(len(envs)))
     while alive:  # ended episodes stay in the batch, so that the noise of the others does not shift
         action = _actions(policy, obs, generator, r, task.n_act)
+        step = np.zeros((2, len(envs)))  # reward, cost
         for i in list(alive):
-            obs[i], reward, terminated, truncated, info = envs[i].step(action[i])
-            ret[i] += reward
-            cost[i] += info["cost"]
+            obs[i], step[0, i], terminated, truncated, info = envs[i].step(action[i])
+            step[1, i] = info["cost"]
             length[i] += 1
             if terminated or truncated:
                 alive.remove(i)
+        ret, cost = ret + step[0], cost + step[1]
+        policy.observe(*torch.from_numpy(step).float()[:, None])
     for env in envs:
         env.close()
     return ret, cost, length
@@ -120,7 +146,7 @@ def rollout_frames(policy: Policy, replica: int, task: str | Task, seed: int = 0
 
     The start is that of episode `episode` of `evaluate`; the policy's own noise is not the same.
     """
-    task, policy = get_task(task), _replica(_on_cpu(policy), replica)
+    task, policy = get_task(task), _begun(_replica(_on_cpu(policy), replica), 1)
     generator = torch.Generator().manual_seed(_seed(seed, 1, episode))
     env = simulator.make(task, _seed(seed, 0, episode), visual=True)
     obs, ended, frames, t = env.reset()[0], False, [], 0
@@ -128,7 +154,8 @@ def rollout_frames(policy: Policy, replica: int, task: str | Task, seed: int = 0
         if t % every == 0:
             frames.append(simulator.render(env))
         action = _actions(policy, obs[None].astype(np.float32), generator, replica, task.n_act)
-        obs, _, terminated, truncated, _ = env.step(action[0])
+        obs, reward, terminated, truncated, info = env.step(action[0])
+        policy.observe(*torch.tensor([reward, info["cost"]]).float()[:, None, None])
         ended, t = terminated or truncated, t + 1
     env.close()
     return np.stack(frames)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import artifacts
-from .data import Batch, Pool, Rows, Units
+from .data import Batch, Pool, Rows, Sampler, Units
 from .errors import UserError
 
 Extra = Mapping[str, Callable[[], Tensor]]             # loss name -> further term [R], added before the step
@@ -43,13 +43,15 @@ class Learner(nn.Module):
     and step them in `update`, the only method that changes state.
     """
     LOSSES: tuple[str, ...] = ()
+    limit_when_acting = False                          # is the cost limit an input of the policy? Then see `at_limit`
     cycle = 1                                          # updates per captured CUDA graph
     boundaries: tuple[int, ...] = ()                   # values of t at which `update` changes its form
 
-    def __init__(self, cfg: Any, units: Units, qc_limit: Tensor, seeds: Sequence[int]):
+    def __init__(self, cfg: Any, units: Units, qc_limit: Tensor, seeds: Sequence[int], n_act: int, horizon: int = 1000):
+        """qc_limit: [R], discounted; seeds: of the initial weights; horizon: steps per episode."""
         super().__init__()
-        self.cfg, self.seeds = cfg, tuple(int(s) for s in seeds)
-        self.n_obs = units.obs_mean.shape[1]
+        self.cfg, self.seeds, self.n_act, self.horizon = cfg, tuple(int(s) for s in seeds), n_act, horizon
+        self.n_obs, self.parity = units.obs_mean.shape[1], cfg.mode == "parity"
         self.optim: dict[str, torch.optim.Optimizer] = {}
         self.noise: torch.Generator | None = None      # randomness inside the losses; `seed_noise` makes it
         for name, value in (*units._asdict().items(), ("qc_limit", qc_limit.view(-1, 1).float())):
@@ -132,6 +134,36 @@ class Learner(nn.Module):
         """
         return list(rows)
 
+    def measure(self, pool: Pool, rows: Sequence[Rows]) -> None:
+        """What the learner must know of each replica's rows before training, kept in its buffers (most: nothing)."""
+
+    def sampler(self, pool: Pool, rows: Sequence[Rows], n_step: int = 1) -> Any:
+        """Where its minibatches come from: an object with `sample(generator)`; n_step > 1 also prepares its `pair`."""
+        return Sampler(pool, rows, self.cfg.batch, self.units, "any_end" if self.parity else "terminal", n_step, self.cfg.gamma)
+
+    # ---------------------------------------------------------------------------------------------------------- acting
+    def begin(self, episodes: int) -> Any:
+        """What acts in `episodes` episodes side by side from their first step on: it has `act` and `observe`.
+
+        A learner without memory is its own; others return something that holds the episodes' past.
+        """
+        return self
+
+    def observe(self, reward: Tensor, cost: Tensor) -> None:
+        """Hears what the last action brought, [R, episodes] each, in the environment's units."""
+
+    def at_limit(self, cost_limits: Sequence[float]) -> Learner:
+        """A copy that acts under other cost limits per episode, one per replica.
+
+        Raises UserError for a learner that has its limit from training.
+        """
+        if not self.limit_when_acting:
+            raise UserError(f"{type(self).__name__} learns its cost limit in training and cannot act under another; "
+                            f"train it with cost_limits={list(cost_limits)}.")
+        new = self.pick(range(self.replicas))
+        new.qc_limit.copy_(torch.as_tensor(cost_limits, dtype=torch.float32).view(-1, 1))
+        return new
+
     # --------------------------------------------------------------------------------------------- to be provided
     def update(self, batch: Batch, t: int, target: Any = None, extra: Extra | None = None) -> dict[str, Tensor]:
         """One training step; returns scalars [R] by name, still on the device.
@@ -190,8 +222,8 @@ class Learner(nn.Module):
         part = lambda v: v if v.dim() == 0 else v.view(R, -1, *v.shape[1:])[index].flatten(0, 1)
         state = {k: part(v) for k, v in self.full_state().items()}
         units = Units(*(u[index].cpu() for u in self.units))
-        new = type(self)(self.cfg, units, self.qc_limit[index].cpu(), [self.seeds[i] for i in replicas],
-                         n_act=self.n_act).to(self.device).ready()
+        new = type(self)(self.cfg, units, self.qc_limit[index].cpu(), [self.seeds[i] for i in replicas], self.n_act,
+                         self.horizon).to(self.device).ready()
         new.load_full_state(state)
         return new
 

@@ -1,5 +1,6 @@
 """Small pools and learners shared by the tests; one torch thread, as everywhere."""
 import os
+from dataclasses import replace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -29,15 +30,24 @@ def make_pool(episodes=20, horizon=25, n_obs=4, n_act=2, seed=0) -> Pool:
         "terminal": np.zeros(n, bool), "timeout": timeout})
 
 
+KINDS = [name for name in LEARNERS if name not in ("bc_all", "bc_risky", "bc_frontier", "bc_boundary")]    # as 'bc_safe'
+
+
 def make_learner(pool, rows, seeds=None, qc_limit=2.0, learner="bcq_lag", **cfg):
     """A small learner of any kind with seeded noise; settings that the kind does not have are left out."""
     small = {"vae_steps": 0, "actor_start": 0, "batch": 32, "hidden": (16, 16), "vae_hidden": 16, **cfg}
-    cfg = CONFIGS[learner](**{k: v for k, v in small.items() if k in CONFIGS[learner].__dataclass_fields__})
+    cfg = replace(CONFIGS[learner], **{k: v for k, v in small.items() if k in CONFIGS[learner].__dataclass_fields__})
     seeds = list(range(len(rows))) if seeds is None else seeds
     made = LEARNERS[learner](cfg, measure_units(pool, rows), torch.full((len(rows),), qc_limit), seeds,
                              n_act=pool.action.shape[1]).ready()
+    made.measure(pool, rows)
     made.seed_noise(0)
     return made
+
+
+def sampler_of(learner, pool, rows):
+    """The learner's own minibatches, from those of the rows that it learns from."""
+    return learner.sampler(pool, learner.select_rows(pool, rows, learner.cfg, learner.qc_limit[:, 0].tolist()))
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Parity mode against numbers recorded from OSRL (revision 03a4586) by benchmarks/record_osrl.py."""
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def views(learner, kind) -> dict[str, torch.Tensor]:
 def made(kind):
     same = {k: Z[k] for k in ("vae_hidden", "heads", "batch", "samples", "gamma", "tau", "lr")}
     more = RECORDED[kind].get("settings", {})
-    cfg = CONFIGS[kind](mode="parity", vae_steps=0, hidden=tuple(Z["hidden"]), beta=0.5, **same, **more)
+    cfg = replace(CONFIGS[kind], mode="parity", vae_steps=0, hidden=tuple(Z["hidden"]), beta=0.5, **same, **more)
     units = Units(torch.zeros(1, Z["n_obs"]), torch.ones(1, Z["n_obs"]), torch.ones(1))
     limit = torch.tensor([discounted_limit(RECORDED[kind].get("cost_limit", Z["cost_limit"]), Z["gamma"], Z["horizon"])])
     learner = LEARNERS[kind](cfg, units, limit, [0], n_act=Z["n_act"]).ready()

@@ -1,10 +1,11 @@
 """Every learner: stacking, isolation, purity, resuming. BCQ-Lag: every loss against cases worked out by hand."""
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from conftest import make_learner, make_pool
+from conftest import KINDS, make_learner, make_pool, sampler_of
 from saferule.config import CONFIGS, BCQLagConfig
 from saferule.data import Batch, Sampler, Units
 from saferule.learners import LEARNERS
@@ -13,8 +14,8 @@ from saferule.nets import Linear, generators, kl_to_standard_normal
 from saferule.train import Learner, Resume, fit
 
 MODES = ("default", "parity")
-each_learner_and_mode = pytest.mark.parametrize(("learner", "mode"), [(name, mode) for name in LEARNERS for mode in MODES])
-each_loss = pytest.mark.parametrize(("learner", "name"), [(kind, name) for kind in LEARNERS for name in LEARNERS[kind].LOSSES])
+each_learner_and_mode = pytest.mark.parametrize(("learner", "mode"), [(name, mode) for name in KINDS for mode in MODES])
+each_loss = pytest.mark.parametrize(("learner", "name"), [(kind, name) for kind in KINDS for name in LEARNERS[kind].LOSSES])
 
 
 def noiseless(learner: Learner) -> Learner:
@@ -55,13 +56,13 @@ def test_stacked_equals_three_separate_runs(pool, learner, mode):
         for (name, a), (_, b) in zip(stacked.named_parameters(), one.named_parameters()):
             members = a.shape[0] // 3
             assert torch.equal(a[r * members:(r + 1) * members], b), name
-    sampler = Sampler(pool, rows, 32, stacked.units)
+    sampler = sampler_of(stacked, pool, rows)
     stream = torch.Generator().manual_seed(0)
     for t in range(100):
         batch = sampler.sample(stream)
         stacked.update(batch, t)
         for r, one in enumerate(single):
-            one.update(Batch(*(f[r:r + 1] if isinstance(f, torch.Tensor) else f for f in batch)), t)
+            one.update(type(batch)(*(f[r:r + 1] if isinstance(f, torch.Tensor) else f for f in batch)), t)
     for r, one in enumerate(single):
         for (name, a), (_, b) in zip(stacked.state_dict().items(), one.state_dict().items()):
             members = a.shape[0] // 3
@@ -74,7 +75,7 @@ def test_stacked_equals_three_separate_runs(pool, learner, mode):
 def test_nan_in_one_replica_leaves_the_others_unchanged(pool, learner, mode):
     rows = [pool.rows("clean")] * 3
     clean, hurt = (make_learner(pool, rows, learner=learner, mode=mode) for _ in range(2))
-    sampler = Sampler(pool, rows, 32, clean.units)
+    sampler = sampler_of(clean, pool, rows)
     stream = torch.Generator().manual_seed(0)
     for t in range(5):
         batch = sampler.sample(stream)
@@ -91,7 +92,7 @@ def test_nan_in_one_replica_leaves_the_others_unchanged(pool, learner, mode):
 @each_loss
 def test_a_step_moves_only_its_own_network(pool, learner, name):
     learner = make_learner(pool, [pool.rows("clean")] * 2, learner=learner)
-    batch = Sampler(pool, [pool.rows("clean")] * 2, 32, learner.units).sample(torch.Generator().manual_seed(0))
+    batch = sampler_of(learner, pool, [pool.rows("clean")] * 2).sample(torch.Generator().manual_seed(0))
     before = learner.weights()
     learner.minimise(name, getattr(learner, name + "_loss")(batch))
     moved = {k.split(".")[0] for k, v in learner.weights().items() if not torch.equal(v, before[k])}
@@ -101,10 +102,10 @@ def test_a_step_moves_only_its_own_network(pool, learner, name):
 @each_loss
 def test_losses_are_pure_and_ignore_the_order_of_the_batch(pool, learner, name):
     learner = noiseless(make_learner(pool, [pool.rows("clean")] * 2, learner=learner))
-    batch = Sampler(pool, [pool.rows("clean")] * 2, 32, learner.units).sample(torch.Generator().manual_seed(0))
+    batch = sampler_of(learner, pool, [pool.rows("clean")] * 2).sample(torch.Generator().manual_seed(0))
     loss, before = getattr(learner, name + "_loss"), learner.weights()
     first, order = loss(batch), torch.randperm(32)
-    shuffled = Batch(*(f[:, order] if isinstance(f, torch.Tensor) else f for f in batch))
+    shuffled = type(batch)(*(f[:, order] if isinstance(f, torch.Tensor) else f for f in batch))
     assert first.shape == (2,)
     assert torch.equal(first, loss(batch))
     assert torch.allclose(first, loss(shuffled), atol=1e-6)
@@ -274,7 +275,7 @@ def test_save_load_continue_equals_never_stopping(pool, learner, mode, tmp_path)
     def run(steps, resume):
         learner = make_learner(pool, rows, **kind)
         stream = torch.Generator().manual_seed(1)
-        sampler = Sampler(pool, rows, 32, learner.units)
+        sampler = sampler_of(learner, pool, rows)
         fit(lambda t: learner.update(sampler.sample(stream), t), steps, learner, [stream], log_every=5, resume=resume)
         return learner
 
@@ -283,7 +284,7 @@ def test_save_load_continue_equals_never_stopping(pool, learner, mode, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         stopped = make_learner(pool, rows, **kind)
         stream = torch.Generator().manual_seed(1)
-        sampler = Sampler(pool, rows, 32, stopped.units)
+        sampler = sampler_of(stopped, pool, rows)
 
         def step(t):
             if t == 23:
@@ -343,12 +344,12 @@ def test_checkpoints_of_another_shape_are_refused(pool):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("kind", LEARNERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_captured_equals_eager(pool, kind):
     """50 updates replayed from a CUDA graph against 50 eager ones, same noise: max difference 1e-6."""
     from saferule import train
     small = {"vae_steps": 5, "actor_start": 10, "batch": 32}
-    cfg, states = CONFIGS[kind](**{k: v for k, v in small.items() if k in CONFIGS[kind].__dataclass_fields__}), []
+    cfg, states = replace(CONFIGS[kind], **{k: v for k, v in small.items() if hasattr(CONFIGS[kind], k)}), []
     for captured in (True, False):
         data = pool.to("cuda")
         rows = [data.rows("clean")] * 2
@@ -357,7 +358,8 @@ def test_captured_equals_eager(pool, kind):
         learner = learner.to("cuda").ready()
         learner.seed_noise(0)
         stream = torch.Generator("cuda").manual_seed(1)
-        sampler = Sampler(data, rows, 32, learner.units)
+        learner.measure(data, rows)
+        sampler = sampler_of(learner, data, rows)
         step = lambda t, l=learner, s=sampler, g=stream: l.update(s.sample(g), t)
         if captured:
             train.fit(step, 50, learner, [stream])

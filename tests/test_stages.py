@@ -203,19 +203,19 @@ def test_replicas_share_the_rows_of_their_condition(chain):
 def test_a_learner_without_critics_goes_through_the_chain(chain, copy):
     """Behaviour cloning of safe episodes: trained, fine-tuned on retained safe rows, rolled out; other methods are refused."""
     small = {"steps": 10, "batch": 16, "hidden": [8]}
-    trained = train(TASK, "bc", ATTACKS, SEEDS, "smoke", copy, overrides=small)
+    trained = train(TASK, "bc_safe", ATTACKS, SEEDS, "smoke", copy, overrides=small)
     pool, _ = load_pool(TASK, ATTACKS, copy)
     costs = pool.episodes("clean").set_index("episode").cost
     safe = torch.isin(pool.episode, torch.tensor(costs[costs <= trained.config["cost_limit"]].index)) & (pool.origin == 0)
     mean = restore(trained, TASK).obs_mean[0]                                  # replica 0 is clean
     assert torch.allclose(mean, pool.obs[safe].mean(0), atol=1e-5)
-    tuned = unlearn(TASK, "bc", ATTACKS, "finetune", SEEDS, "smoke", copy, overrides={"steps": 4})
+    tuned = unlearn(TASK, "bc_safe", ATTACKS, "finetune", SEEDS, "smoke", copy, overrides={"steps": 4})
     start, end = (restored_snapshots(tuned, trained, TASK)[t].actor.layers[0].weight for t in (0, 4))
     assert (start != end).any()
-    done = evaluate(TASK, "bc", ("finetune",), "smoke", copy, {"episodes": 1, "curve_episodes": 1}, progress=False)
+    done = evaluate(TASK, "bc_safe", ("finetune",), "smoke", copy, {"episodes": 1, "curve_episodes": 1}, progress=False)
     assert set(done.table("episodes.csv").method) == {"clean", "poisoned", "retrain", "finetune"}
     with pytest.raises(UserError, match="BC has no critic; use 'finetune'"):
-        unlearn(TASK, "bc", ATTACKS, "saferule", SEEDS, "smoke", copy)
+        unlearn(TASK, "bc_safe", ATTACKS, "saferule", SEEDS, "smoke", copy)
 
 
 # ------------------------------------------------------------------------------------------------------ configuration

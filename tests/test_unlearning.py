@@ -2,6 +2,7 @@
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ each_method = pytest.mark.parametrize("method", UNLEARNER_NAMES)
 def small(method, **more):
     fast = {"finetune": {"steps": 20}, "finetune_nstep": {"steps": 20, "suppress_steps": 15},
             "gradient_ascent": {"steps": 20, "ascent_steps": 10}, "saferule": {"steps": 20, "suppress_steps": 15, "gate_steps": 30}}
-    return CONFIGS[method](**{**fast[method], **more})
+    return replace(CONFIGS[method], **{**fast[method], **more})
 
 
 def poisoned(steps=60, replicas=2, **cfg):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..artifacts import Artifact
-from ..config import CONFIGS, LEARNER_NAMES, one_of, with_overrides
+from ..config import BC_NAMES, CONFIGS, LEARNER_NAMES, one_of, with_overrides
 from ..data import Units
 from ..errors import UserError
 from ..tasks import Task
@@ -18,7 +18,7 @@ from .bcq_lag import BCQLag
 from .bear_lag import BEARLag
 from .cpq import CPQ
 
-LEARNERS: dict[str, type[Learner]] = {"bcq_lag": BCQLag, "bear_lag": BEARLag, "cpq": CPQ, "bc": BC}
+LEARNERS: dict[str, type[Learner]] = {"bcq_lag": BCQLag, "bear_lag": BEARLag, "cpq": CPQ, **dict.fromkeys(BC_NAMES, BC)}
 assert tuple(LEARNERS) == LEARNER_NAMES
 
 
@@ -29,8 +29,9 @@ def discounted_limit(cost_limit: float, gamma: float, horizon: int) -> float:
 
 def configuration(config: Mapping[str, Any]) -> Any:
     """The learner's dataclass from the resolved dictionary that a training artefact carries."""
-    kind = CONFIGS[one_of("learner", config["learner"], LEARNERS)]
-    return with_overrides(kind(), {k: v for k, v in config.items() if k in kind.__dataclass_fields__}, config["learner"])
+    defaults = CONFIGS[one_of("learner", config["learner"], LEARNERS)]
+    known = {k: v for k, v in config.items() if k in defaults.__dataclass_fields__}
+    return with_overrides(defaults, known, config["learner"])
 
 
 def built(state: Mapping[str, Tensor], config: Mapping[str, Any], task: Task, seeds: Sequence[int],
@@ -44,7 +45,7 @@ def built(state: Mapping[str, Tensor], config: Mapping[str, Any], task: Task, se
         raise UserError(f"checkpoint is for {config['task']} with {n_obs} observations, not for {task.name} with {task.n_obs}.")
     R = len(seeds)
     blank = Units(torch.zeros(R, n_obs), torch.ones(R, n_obs), torch.ones(R))
-    model = LEARNERS[config["learner"]](configuration(config), blank, torch.zeros(R), seeds, n_act=task.n_act)
+    model = LEARNERS[config["learner"]](configuration(config), blank, torch.zeros(R), seeds, task.n_act, task.horizon)
     model = model.to(device).ready()
     model.load_full_state({k: v.to(device) for k, v in state.items()})
     return model
@@ -72,6 +73,7 @@ def stack(learners: Sequence[Learner]) -> Learner:
     states = [m.weights() for m in learners]
     state = {k: torch.cat([s[k] for s in states]) for k in states[0]}
     units = Units(*(state[k] for k in Units._fields))
-    out = type(first)(first.cfg, units, state["qc_limit"], [s for m in learners for s in m.seeds], n_act=first.n_act)
+    out = type(first)(first.cfg, units, state["qc_limit"], [s for m in learners for s in m.seeds], first.n_act,
+                      first.horizon)
     out.load_weights(state)
     return out

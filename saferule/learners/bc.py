@@ -86,8 +86,8 @@ def select(pool: Pool, rows: Rows, cost_limit: float, cfg: BCConfig) -> Rows:
     chosen = wanted.get(cfg.select, known) & (known | parity)
     keep = chosen[found.of]
     if not keep.any():
-        raise UserError(f"bc.select='{cfg.select}': none of {len(known):,} trajectories ({int(known.sum()):,} of them whole) is "
-                        f"selected at cost limit {cost_limit:g}; choose another selection or limit.")
+        raise UserError(f"bc: none of {len(known):,} trajectories ({int(known.sum()):,} of them whole) is '{cfg.select}' at cost "
+                        f"limit {cost_limit:g}; choose another selection or limit.")
     context = (cost[found.of] / unit(cfg)).float()[keep, None] if cfg.select == "multi-task" else None
     return Rows(rows.ids[keep], rows.weight[keep], context)
 
@@ -100,10 +100,10 @@ def unit(cfg: BCConfig) -> float:
 class BC(Learner):
     LOSSES = ("actor",)
 
-    def __init__(self, cfg: BCConfig, units: Units, qc_limit: Tensor, seeds: Sequence[int], n_act: int):
-        super().__init__(cfg, units, qc_limit, seeds)               # gamma = 1: qc_limit is the limit per episode
+    def __init__(self, cfg: BCConfig, units: Units, qc_limit: Tensor, seeds: Sequence[int], n_act: int, horizon: int = 1000):
+        super().__init__(cfg, units, qc_limit, seeds, n_act, horizon)          # gamma = 1: qc_limit is the limit per episode
         one_of("selection of bc", cfg.select, BC_SELECTIONS)
-        self.n_act, self.parity, self.multi_task = n_act, cfg.mode == "parity", cfg.select == "multi-task"
+        self.multi_task = self.limit_when_acting = cfg.select == "multi-task"
         self.own("actor", MLP(generators(seeds), self.n_obs + self.multi_task, cfg.hidden, n_act), target=False)
 
     @staticmethod

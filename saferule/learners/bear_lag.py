@@ -63,8 +63,8 @@ def mmd_squared(x: Tensor, y: Tensor, sigma: float, kernel: str) -> Tensor:
 
 class BEARLag(Lagrangian):
 
-    def __init__(self, cfg: BEARLagConfig, units: Units, qc_limit: Tensor, seeds: Sequence[int], n_act: int):
-        super().__init__(cfg, units, qc_limit, seeds, n_act)
+    def __init__(self, cfg: BEARLagConfig, units: Units, qc_limit: Tensor, seeds: Sequence[int], n_act: int, horizon: int = 1000):
+        super().__init__(cfg, units, qc_limit, seeds, n_act, horizon)
         self.boundaries = (cfg.vae_steps, cfg.actor_start)
         self.register_buffer("log_alpha", torch.zeros(self.replicas, 1))                 # multiplier of the MMD constraint
 

@@ -45,9 +45,8 @@ class Lagrangian(Learner):
     """
     LOSSES = "vae", "critic", "cost_critic", "actor"               # order of the steps
 
-    def __init__(self, cfg: Any, units: Units, qc_limit: Tensor, seeds: Sequence[int], n_act: int):
-        super().__init__(cfg, units, qc_limit, seeds)
-        self.n_act, self.parity = n_act, cfg.mode == "parity"
+    def __init__(self, cfg: Any, units: Units, qc_limit: Tensor, seeds: Sequence[int], n_act: int, horizon: int = 1000):
+        super().__init__(cfg, units, qc_limit, seeds, n_act, horizon)
         self.boundaries = (cfg.vae_steps,)
         gens, heads = generators(seeds), cfg.heads * (2 if self.parity else 1)
         self.own("vae", VAE(gens, self.n_obs, n_act, cfg.vae_hidden), target=False)

@@ -29,7 +29,7 @@ def make_poison(task: Task, attack: str, profile: str, root: Path, overrides: Ma
     clean = Pool.from_tensors(data.tensors("pool.safetensors"))
     donors = Pool.from_tensors(data.tensors("donors.safetensors")) if "donors.safetensors" in data.manifest["files"] else None
     settings = {k: v for k, v in config.items() if k not in ("task", "attack", "cost_limit")}
-    pool, facts, truth = poison(clean, attack, with_overrides(CONFIGS[attack](), settings, attack), donors, config["cost_limit"])
+    pool, facts, truth = poison(clean, attack, with_overrides(CONFIGS[attack], settings, attack), donors, config["cost_limit"])
     episodes = pool.episodes(f"{attack}/poisoned").merge(truth, on="episode", how="left")
     forget = pool.rows(f"{attack}/forget")
     mine = (pool.origin == 1).nonzero().squeeze(-1)

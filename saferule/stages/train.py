@@ -9,7 +9,7 @@ import torch
 
 from ..artifacts import Artifact, save
 from ..config import resolve
-from ..data import Pool, Rows, Sampler, measure_units
+from ..data import Pool, Rows, measure_units
 from ..learners import LEARNERS, configuration, discounted_limit
 from ..tasks import Task
 from ..train import Resume, fit, prepare_process
@@ -18,12 +18,12 @@ from .poison import load_pool
 RETRAIN_SEED = 1000                    # retrained references start from other weights than the models they are compared with
 
 
-def replica_table(attacks: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """One line per replica: attack, method (clean, poisoned, retrain), condition, seed, init_seed."""
+def replica_table(attacks: Sequence[str], seeds: Sequence[int], cost_limits: Sequence[float]) -> list[dict[str, Any]]:
+    """One line per replica: attack, method (clean, poisoned, retrain), condition, seed, init_seed, cost_limit (per episode)."""
     kinds = [("none", "clean", "clean")] if any(a != "given" for a in attacks) or not attacks else []
     kinds += [(a, method, f"{a}/{part}") for a in attacks for method, part in (("poisoned", "poisoned"), ("retrain", "retain"))]
-    return [{"attack": a, "method": m, "condition": c, "seed": s, "init_seed": s + RETRAIN_SEED * (m == "retrain")}
-            for a, m, c in kinds for s in seeds]
+    return [{"attack": a, "method": m, "condition": c, "seed": s, "init_seed": s + RETRAIN_SEED * (m == "retrain"), "cost_limit": l}
+            for a, m, c in kinds for l in cost_limits for s in seeds]
 
 
 def rows_of(pool: Pool, conditions: Sequence[str]) -> list[Rows]:
@@ -33,8 +33,9 @@ def rows_of(pool: Pool, conditions: Sequence[str]) -> list[Rows]:
 
 
 def train(task: Task, learner: str, attacks: Sequence[str], seeds: Sequence[int], profile: str, root: Path, device: str = "cpu",
-          overrides: Mapping[str, Any] | None = None, progress: Callable = iter, on_log: Callable | None = None) -> Artifact:
-    """Train one learner on clean, poisoned and retain-only rows side by side.
+          overrides: Mapping[str, Any] | None = None, progress: Callable = iter, on_log: Callable | None = None,
+          cost_limits: Sequence[float] = ()) -> Artifact:
+    """Train one learner on clean, poisoned and retain-only rows side by side, at one or more cost limits (empty: the data's).
 
     Files: state.safetensors (weights and optimiser moments), history.csv (scalars along training). A killed run continues
     from root/checkpoints, where the state is written every half minute.
@@ -44,17 +45,18 @@ def train(task: Task, learner: str, attacks: Sequence[str], seeds: Sequence[int]
     pool, inputs = load_pool(task, attacks, root)
     config["cost_limit"] = inputs["data"].config["cost_limit"]
     pool = pool.to(device)
-    table = replica_table(attacks, seeds)
-    cfg = configuration(config)
-    rows = LEARNERS[learner].select_rows(pool, rows_of(pool, [line["condition"] for line in table]), cfg,
-                                         [config["cost_limit"]] * len(table))
+    table = replica_table(attacks, seeds, cost_limits or [config["cost_limit"]])
+    cfg, limits = configuration(config), [line["cost_limit"] for line in table]
+    rows = LEARNERS[learner].select_rows(pool, rows_of(pool, [line["condition"] for line in table]), cfg, limits)
     units = measure_units(pool, rows, standardise=cfg.standardise, reward_scale=cfg.reward_scale)
-    limit = torch.full((len(table),), discounted_limit(config["cost_limit"], cfg.gamma, task.horizon))
-    model = LEARNERS[learner](cfg, units, limit, [line["init_seed"] for line in table], n_act=task.n_act).to(device).ready()
+    qc_limit = torch.tensor([discounted_limit(limit, cfg.gamma, task.horizon) for limit in limits])
+    model = LEARNERS[learner](cfg, units, qc_limit, [line["init_seed"] for line in table], task.n_act, task.horizon)
+    model = model.to(device).ready()
+    model.measure(pool, rows)
     model.seed_noise(seeds[0] if seeds else 0)
-    sampler = Sampler(pool, rows, cfg.batch, units, done="any_end" if cfg.mode == "parity" else "terminal")
+    sampler = model.sampler(pool, rows)
     stream = torch.Generator(device).manual_seed(10_000 + (seeds[0] if seeds else 0))
-    resume = Resume.beside(root, f"train-{task.name}-{learner}", config, inputs)
+    resume = Resume.beside(root, f"train-{task.name}-{learner}", {**config, "replicas": table}, inputs)
     history = fit(lambda t: model.update(sampler.sample(stream), t), cfg.steps, model, [stream], log_every=max(cfg.steps // 80, 1),
                   on_log=on_log, resume=resume, progress=progress)
     files = {"state.safetensors": model.full_state(), "history.csv": history.frame(table)}

@@ -38,7 +38,7 @@ def unlearn(task: Task, learner: str, attacks: Sequence[str], method: str, seeds
     model = restore(trained, task, device).pick([found[pair] for pair in wanted])
     table = [{"attack": a, "method": method, "condition": f"{a}/retain", "seed": s} for a, s in wanted]
     pool = pool.to(device)
-    cfg = with_overrides(CONFIGS[method](), {k: v for k, v in config.items() if k in CONFIGS[method].__dataclass_fields__}, method)
+    cfg = with_overrides(CONFIGS[method], {k: v for k, v in config.items() if k in CONFIGS[method].__dataclass_fields__}, method)
     forged = ["cost" in inputs[f"poison:{a}"].json("facts.json")["threat"]["fields"] for a, _ in wanted]
     resume = Resume.beside(root, f"unlearn-{task.name}-{learner}-{method}", config, {"train": trained, **inputs})
     retain = model.select_rows(pool, rows_of(pool, [f"{a}/retain" for a, _ in wanted]), model.cfg,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import UNLEARNER_NAMES, one_of
-from ..data import Batch, Pool, Rows, Sampler
+from ..data import Batch, Pool, Rows
 from ..errors import UserError
 from ..train import History, Learner, Resume, fit
 
@@ -34,13 +34,12 @@ class Memory:
     """
 
     def __init__(self, learner: Learner, pool: Pool, retain: Sequence[Rows], forget: Sequence[Rows], seed: int, n_step: int = 1):
-        cfg, self.learner, self.pool, self.rows = learner.cfg, learner, pool, forget
+        self.learner, self.pool, self.rows = learner, pool, forget
         self.retain_rows = list(retain)
         self.retain_stream = torch.Generator(learner.device).manual_seed(seed)
         self.forget_stream = torch.Generator(learner.device).manual_seed(seed + 1)
-        done = "any_end" if getattr(learner, "parity", False) else "terminal"
-        self._retain = Sampler(pool, retain, cfg.batch, learner.units, done, n_step, cfg.gamma)
-        self._forget = Sampler(pool, forget, cfg.batch, learner.units, done)
+        self._retain = learner.sampler(pool, retain, n_step)
+        self._forget = learner.sampler(pool, forget)
 
     def retain(self) -> Batch:
         return self._retain.sample(self.retain_stream)
@@ -57,9 +56,8 @@ class Memory:
 
     def weigh_forget(self, gate: Sequence[Tensor]) -> None:
         """Multiply the forget weights by one factor per row: gate[r] [n_r] for replica r."""
-        cfg = self.learner.cfg
         rows = [r._replace(ids=r.ids.clone(), weight=r.weight * g.to(r.weight)) for r, g in zip(self.rows, gate)]
-        self._forget = Sampler(self.pool, rows, cfg.batch, self.learner.units)
+        self._forget = self.learner.sampler(self.pool, rows)
 
 
 class Unlearned(NamedTuple):

@@ -82,8 +82,9 @@ def phases(learner: Learner, memory: Memory, cfg: SafeRULEConfig, forged_costs: 
 
     def step(t: int):
         w = start * (1 - learner.clock / cfg.suppress_steps).clamp(min=0)                          # annealed, on the device
-        retain, target = memory.retain(), None
-        if cfg.n_step_mix:
+        if not cfg.n_step_mix:
+            retain, target = memory.retain(), None
+        else:
             retain, long = memory.retain_pair()
             one = learner.targets(retain)
             target = type(one)(*(torch.lerp(a, b, cfg.n_step_mix) for a, b in zip(one, learner.targets(long))))
