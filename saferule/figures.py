@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from .errors import UserError
-from .statistics import ATTACKS, COLUMNS, KEYS, METHODS, cases, in_order, need
+from .statistics import ATTACKS, CASE, COLUMNS, KEYS, METHODS, cases, in_order, need
 
 COLOURS = {                            # Okabe and Ito's palette and Tol's wine: told apart with any colour vision
     "clean": "#7F7F7F", "poisoned": "#D55E00", "retrain": "#000000", "finetune": "#E69F00", "finetune_nstep": "#8C6D1F",
@@ -45,7 +45,7 @@ def curve_figure(episodes: pd.DataFrame, limit: float, title: str = "") -> Figur
     limit     cost limit per episode
     Thick: mean over seeds; thin: each seed; band: min to max over seeds. Raises UserError without curve episodes.
     """
-    need(episodes, [*KEYS, "stage", "step", "ret", "cost"], "episodes")
+    need(episodes, ["task", "learner", "attack", "method", "seed", "stage", "step", "ret", "cost"], "episodes")
     _one(episodes, "curve_figure")
     seeds = episodes.groupby(["stage", "attack", "method", "step", "seed"], as_index=False)[["ret", "cost"]].mean()
     curve = seeds[seeds.stage == "curve"]
@@ -132,7 +132,7 @@ def scatter_figure(poisoned: Mapping[str, pd.DataFrame], clean: pd.DataFrame, li
 
 
 def pareto_figure(tidy: pd.DataFrame, title: str = "") -> Figure:
-    """F3: return against cost of every method, one panel per (task, learner, attack); best is top left.
+    """F3: return against cost of every method, one panel per case; best is top left.
 
     Large: mean over seeds, bars: min to max over seeds, small: each seed.
     """
@@ -143,7 +143,7 @@ def pareto_figure(tidy: pd.DataFrame, title: str = "") -> Figure:
     with mpl.rc_context(STYLE):
         fig, axes = plt.subplots(rows, columns, figsize=(0.6 + 4.4 * columns, 0.9 + 4.1 * rows), squeeze=False)
         shown = []
-        for ax, ((task, learner, attack), own, clean) in zip(axes.flat, panels):
+        for ax, ((task, learner, attack, limit), own, clean) in zip(axes.flat, panels):
             both = pd.concat([clean, own]).drop_duplicates(KEYS)
             for method in [m for m in METHODS if m in set(both.method)]:
                 x, y = (both.loc[both.method == method, c].to_numpy() for c in ("cost_mean", "return_mean"))
@@ -153,13 +153,14 @@ def pareto_figure(tidy: pd.DataFrame, title: str = "") -> Figure:
                 ax.errorbar(x.mean(), y.mean(), yerr=bars[1], xerr=bars[0], ms=_size(method, 9), mec="white", mew=0.8,
                             lw=1.2, zorder=3, clip_on=False, **look)
                 shown.append(method)
-            ax.set_title(f"{task}, {ATTACKS.get(attack, attack)}" + (f" ({learner})" if tidy.learner.nunique() > 1 else ""))
+            ax.set_title(f"{task}, {ATTACKS.get(attack, attack)}" + (f" ({learner})" if tidy.learner.nunique() > 1 else "")
+                         + (f", limit {limit:g}" if tidy.cost_limit.nunique() > 1 else ""))
             ax.set_xlabel(COST)
             if ax in axes[:, 0]:
                 ax.set_ylabel(RETURN)
-            right = max(ax.get_xlim()[1], 1.25 * own.cost_limit.iloc[0])
+            right = max(ax.get_xlim()[1], 1.25 * limit)
             ax.set_xlim(-0.04 * right, right)            # models without any cost stand clear of the axis
-            _limit(ax, own.cost_limit.iloc[0], horizontal=False)
+            _limit(ax, limit, horizontal=False)
         for ax in list(axes.flat)[len(panels):]:
             ax.set_axis_off()
         handles = [Line2D([], [], ls="", marker=MARKERS[m], color=COLOURS[m], ms=_size(m, 8), mec="white", label=METHODS[m])
@@ -373,7 +374,7 @@ def _attacks(frame: pd.DataFrame) -> list[str]:
 
 
 def _one(frame: pd.DataFrame, where: str) -> None:
-    found = len(frame[KEYS[:2]].drop_duplicates())
+    found = len(frame[CASE[:2]].drop_duplicates())
     if found != 1:
         raise UserError(f"{where}: the frame holds {found} pairs of task and learner; hand in one.")
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from .config import PROFILES
 from .figures import curve_figure, pareto_figure, render, scatter_figure, table_figure, training_figure
 from .files import atomic_file, locked
-from .statistics import ATTACKS, KEYS, METHODS, aggregate, claims, later_table, main_table, number
+from .statistics import ATTACKS, CASE, METHODS, aggregate, claims, later_table, main_table, number
 from .statistics import summary as summarise
 
 __all__ = ["METHODS", "aggregate", "claims", "claims_table", "curve_figure", "later_table", "main_table", "pareto_figure",
@@ -27,18 +27,21 @@ __all__ = ["METHODS", "aggregate", "claims", "claims_table", "curve_figure", "la
 
 # -------------------------------------------------------------------------------------------------- tables for people
 def summary_table(tidy: pd.DataFrame, later: pd.DataFrame | None = None, seed: int = 0) -> pd.DataFrame:
-    """One line per (task, learner, attack, method), as text: return with its 95% interval over seeds, cost of every seed,
+    """One line per case and method, as text: return with its 95% interval over seeds, cost of every seed,
     seeds at or under the limit, and shares of the retrained policy. `later` adds the costs after further training."""
     numbers = summarise(tidy, seed)
-    after = {} if later is None or later.empty else {k: g.cost_mean.tolist() for k, g in later.groupby(KEYS[:4])}
+    after = {} if later is None or later.empty else {k: g.cost_mean.tolist() for k, g in later.groupby([*CASE, "method"])}
     per_cent = lambda x: "–" if np.isnan(x) else f"{100 * x:.0f}%"
-    lines = []
+    lines, several = [], tidy.cost_limit.nunique() > 1
     for n in numbers.itertuples():
         line = {"task": n.task, "learner": n.learner, "attack": ATTACKS.get(n.attack, n.attack), "method": METHODS[n.method],
                 "return [95%]": f"{n.return_mean:.0f} [{n.return_low:.0f}, {n.return_high:.0f}]",
                 "cost per seed": "/".join(map(number, n.costs)), "safe seeds": f"{n.safe}/{n.seeds}"}
+        if several:
+            line["cost limit"] = number(n.cost_limit)
         if after:
-            line["cost per seed, later"] = "/".join(map(number, after.get((n.task, n.learner, n.attack, n.method), []))) or "–"
+            costs = after.get((n.task, n.learner, n.attack, n.cost_limit, n.method), [])
+            line["cost per seed, later"] = "/".join(map(number, costs)) or "–"
         lines.append({**line, "of retrained return": per_cent(n.return_share), "safety recovered": per_cent(n.recovered),
                       "of retraining steps": per_cent(n.step_share)})
     return pd.DataFrame(lines)

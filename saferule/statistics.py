@@ -27,9 +27,10 @@ METHODS = {                            # order and names of the methods, everywh
     "saferule": "Safe-RULE",
 }
 ATTACKS = {"none": "no attack", "inject": "injection", "label_flip": "label flip", "given": "given data"}
-KEYS = ["task", "learner", "attack", "method", "seed"]
-COLUMNS = [*KEYS, "return_mean", "cost_mean", "return_norm", "cost_norm", "violation_rate", "cvar10_cost", "cost_limit",
-           "episodes", "steps", "train_seconds", "artefact"]
+CASE = ["task", "learner", "attack", "cost_limit"]      # what is compared among methods
+KEYS = [*CASE, "method", "seed"]                          # what tells models apart
+COLUMNS = ["task", "learner", "attack", "method", "seed", "return_mean", "cost_mean", "return_norm", "cost_norm", "violation_rate",
+           "cvar10_cost", "cost_limit", "episodes", "steps", "train_seconds", "artefact"]
 
 
 # ---------------------------------------------------------------------------------------------------------- statistics
@@ -74,13 +75,14 @@ def probability_of_improvement(x: Sequence[Sequence[float]], y: Sequence[Sequenc
 
 # --------------------------------------------------------------------------------------------------------- tidy tables
 def main_table(episodes: pd.DataFrame, runs: pd.DataFrame, task: Task | float | None = None, stage: str = "final") -> pd.DataFrame:
-    """Tidy T1: one row per (task, learner, attack, method, seed), columns COLUMNS, methods in their order.
+    """Tidy T1: one row per (task, learner, attack, cost limit, method, seed), columns COLUMNS, methods in their order.
 
     episodes, runs  files of `evaluate` artefacts (several may be concatenated)
-    task            whose cost limit counts, or a limit (cost per episode); default: each task's own
+    task            whose cost limit counts, or a limit (cost per episode); default: each model's own, or else its task's
     Costs are sums over an episode; `steps` and `train_seconds` are those of the method itself, also for stage 'later'.
     Raises UserError where columns, the stage or a run are missing.
     """
+    episodes, runs = (limited(need(frame, ["task"], where), task) for frame, where in ((episodes, "episodes"), (runs, "runs")))
     need(episodes, [*KEYS, "stage", "ret", "cost"], "episodes")
     need(runs, [*KEYS, "steps", "train_seconds", "artefact"], "runs")
     episodes = episodes[episodes.stage == stage]
@@ -94,14 +96,22 @@ def main_table(episodes: pd.DataFrame, runs: pd.DataFrame, task: Task | float | 
         line = dict(zip(KEYS, key))
         if key not in facts:
             raise UserError(f"runs: {_name(line)} has episodes but no run; run notebooks/05_evaluate.ipynb again.")
-        known = get_task(line["task"])
-        limit = float(known.cost_limit if task is None else task.cost_limit if isinstance(task, Task) else task)
+        known, limit = get_task(line["task"]), line["cost_limit"]
         ret, cost, run = group.ret.mean(), group.cost.mean(), facts[key]
         lines.append({**line, "return_mean": ret, "cost_mean": cost, "return_norm": normalised_return(known, ret),
                       "cost_norm": normalised_cost(known, cost, limit), "violation_rate": (group.cost > limit).mean(),
-                      "cvar10_cost": cvar(group.cost), "cost_limit": limit, "episodes": len(group), "steps": run.steps,
+                      "cvar10_cost": cvar(group.cost), "episodes": len(group), "steps": run.steps,
                       "train_seconds": run.train_seconds, "artefact": run.artefact})
     return in_order(pd.DataFrame(lines, columns=COLUMNS))
+
+
+def limited(frame: pd.DataFrame, task: Task | float | None = None) -> pd.DataFrame:
+    """The frame with a column cost_limit: the one given, else the one that is there, else each task's own."""
+    if task is not None:
+        return frame.assign(cost_limit=float(task.cost_limit if isinstance(task, Task) else task))
+    if "cost_limit" in frame:
+        return frame.assign(cost_limit=frame.cost_limit.astype(float))
+    return frame.assign(cost_limit=[float(get_task(name).cost_limit) for name in frame.task])
 
 
 def later_table(episodes: pd.DataFrame, runs: pd.DataFrame, task: Task | float | None = None) -> pd.DataFrame:
@@ -122,17 +132,18 @@ def in_order(tidy: pd.DataFrame) -> pd.DataFrame:
     return tidy.sort_values(KEYS, key=by, kind="stable", ignore_index=True)
 
 
-def cases(tidy: pd.DataFrame) -> list[tuple[tuple[str, str, str], pd.DataFrame, pd.DataFrame]]:
-    """Per (task, learner, attack): its rows and those of the clean learner, which knows no attack. Clean alone is a case."""
+def cases(tidy: pd.DataFrame) -> list[tuple[tuple[str, str, str, float], pd.DataFrame, pd.DataFrame]]:
+    """Per CASE: its rows and those of the clean learner, which knows no attack. Clean alone is a case."""
     attacked = tidy[tidy.attack != "none"]
     if attacked.empty:
-        return [(key, rows, rows) for key, rows in tidy.groupby(KEYS[:3], sort=False)]
-    clean = lambda t, l: tidy[(tidy.task == t) & (tidy.learner == l) & (tidy.method == "clean")]
-    return [(key, rows, clean(*key[:2])) for key, rows in attacked.groupby(KEYS[:3], sort=False)]
+        return [(key, rows, rows) for key, rows in tidy.groupby(CASE, sort=False)]
+    clean = tidy[tidy.method == "clean"]
+    same = lambda t, l, _, limit: clean[(clean.task == t) & (clean.learner == l) & (clean.cost_limit == limit)]
+    return [(key, rows, same(*key)) for key, rows in attacked.groupby(CASE, sort=False)]
 
 
 def summary(tidy: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Numbers per (task, learner, attack, method): means over seeds, intervals over seeds, and shares of the retrained.
+    """Numbers per case and method: means over seeds, intervals over seeds, and shares of the retrained.
 
     return_low, return_high: 95% bootstrap over seeds. costs: per seed. return_share: of the retrained mean return.
     recovered: (C_poisoned - C) / (C_poisoned - C_retrained), where the poison pushed the mean cost over the limit.
@@ -140,18 +151,18 @@ def summary(tidy: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """
     need(tidy, COLUMNS, "tidy table")
     lines = []
-    for (task, learner, attack), rows in tidy.groupby(KEYS[:3], sort=False):
+    for (task, learner, attack, limit), rows in tidy.groupby(CASE, sort=False):
         means = rows.groupby("method")[["return_mean", "cost_mean", "steps"]].mean().reindex(list(METHODS))
         gold, bad = means.loc["retrain"], means.loc["poisoned"]
-        gap = bad.cost_mean - gold.cost_mean if bad.cost_mean > rows.cost_limit.iloc[0] else np.nan
+        gap = bad.cost_mean - gold.cost_mean if bad.cost_mean > limit else np.nan
         for method, own in rows.groupby("method", sort=False):
             low, high = bootstrap([own.return_mean], np.mean, seed=seed)
             repaired = method not in ("clean", "poisoned")
             lines.append({
                 "task": task, "learner": learner, "attack": attack, "method": method, "return_mean": own.return_mean.mean(),
                 "return_low": low, "return_high": high, "cost_mean": own.cost_mean.mean(), "costs": tuple(own.cost_mean),
-                "safe": int((own.cost_mean <= own.cost_limit).sum()), "seeds": len(own),
-                "violation_rate": own.violation_rate.mean(), "cost_limit": own.cost_limit.iloc[0],
+                "safe": int((own.cost_mean <= limit).sum()), "seeds": len(own),
+                "violation_rate": own.violation_rate.mean(), "cost_limit": limit,
                 "return_share": own.return_mean.mean() / gold.return_mean if gold.return_mean > 0 else np.nan,
                 "recovered": (bad.cost_mean - own.cost_mean.mean()) / gap if repaired and gap > 0 else np.nan,
                 "step_share": own.steps.mean() / gold.steps if repaired else np.nan,
@@ -161,11 +172,11 @@ def summary(tidy: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 
 def aggregate(tidy: pd.DataFrame, column: str = "return_norm", reference: str = "finetune", lower_is_better: bool = False,
               seed: int = 0) -> pd.DataFrame:
-    """Per method over all tasks, learners and attacks: iqm, low, high (stratified 95% bootstrap), runs, p_better.
+    """Per method over all cases: iqm, low, high (stratified 95% bootstrap), runs, p_better.
 
     p_better: probability of improvement over `reference`, on the strata that both have; NaN where there is none.
     """
-    strata = {m: {k: g[column].to_numpy() for k, g in rows.groupby(KEYS[:3])} for m, rows in tidy.groupby("method")}
+    strata = {m: {k: g[column].to_numpy() for k, g in rows.groupby(CASE)} for m, rows in tidy.groupby("method")}
     lines = []
     for method in [m for m in METHODS if m in strata]:
         own, other, sign = strata[method], strata.get(reference, {}), -1 if lower_is_better else 1
@@ -190,7 +201,7 @@ CLAIMS = {                             # claim -> how it is judged; the bounds c
 
 
 def claims(tidy: pd.DataFrame, later: pd.DataFrame, thresholds: Mapping[str, Any], method: str = "saferule") -> pd.DataFrame:
-    """What the claims come to: task, learner, attack, claim, value, threshold, rule, verdict, seeds.
+    """What the claims come to: task, learner, attack, cost_limit, claim, value, threshold, rule, verdict, seeds.
 
     thresholds  clean_return {task: return}, share_of_retrained_return, share_of_training_steps (config.Thresholds; other
                 keys are ignored). The cost limit is the table's.
@@ -206,25 +217,25 @@ def claims(tidy: pd.DataFrame, later: pd.DataFrame, thresholds: Mapping[str, Any
         claim = templates[which].format(**{**thresholds, "method": METHODS[method], "clean_return": threshold})
         values = np.asarray(values, float)
         value = float(decide(values)) if len(values) and not np.isnan(values).any() else np.nan
-        lines.append({**dict(zip(KEYS[:3], key)), "claim": claim, "value": value, "threshold": float(threshold),
+        lines.append({**dict(zip(CASE, key)), "claim": claim, "value": value, "threshold": float(threshold),
                       "rule": CLAIMS[templates[which]], "verdict": "supported" if holds(value, threshold) else "not supported",
                       "seeds": "/".join(number(v, digits) for v in values) or "not measured"})
 
     at_most, at_least, above = np.less_equal, np.greater_equal, np.greater      # all False for NaN
     cleaned = set()
     for key, rows, clean in cases(tidy):
-        task, learner, attack = key
-        limit, pair = rows.cost_limit.iloc[0], (task, learner)
-        if len(clean) and pair not in cleaned:
-            cleaned.add(pair)
-            judge((*pair, "none"), 0, clean.cost_mean, np.max, limit, at_most)
+        task, learner, attack, limit = key
+        unharmed = (task, learner, "none", limit)
+        if len(clean) and unharmed not in cleaned:
+            cleaned.add(unharmed)
+            judge(unharmed, 0, clean.cost_mean, np.max, limit, at_most)
             if task in thresholds["clean_return"]:
-                judge((*pair, "none"), 1, clean.return_mean, np.min, thresholds["clean_return"][task], at_least, 0)
+                judge(unharmed, 1, clean.return_mean, np.min, thresholds["clean_return"][task], at_least, 0)
         if attack == "none":
             continue
         seeds = sorted(set(rows.seed))                   # a seed that a method lacks is NaN: not measured, not supported
         bad, own, gold = (rows[rows.method == m].set_index("seed").reindex(seeds) for m in ("poisoned", method, "retrain"))
-        after = later[(later[KEYS[:3]] == list(key)).all(axis=1) & (later.method == method)].set_index("seed").reindex(seeds)
+        after = later[(later[CASE] == list(key)).all(axis=1) & (later.method == method)].set_index("seed").reindex(seeds)
         share = own.return_mean.mean() / gold.return_mean.mean() if gold.return_mean.mean() > 0 else np.nan
         shares = own.return_mean / gold.return_mean.where(gold.return_mean > 0)
         judge(key, 2, bad.cost_mean, np.min, limit, above)
@@ -232,7 +243,7 @@ def claims(tidy: pd.DataFrame, later: pd.DataFrame, thresholds: Mapping[str, Any
         judge(key, 4, shares, lambda _, share=share: share, thresholds["share_of_retrained_return"], at_least, 2)
         judge(key, 5, own.steps / gold.steps, np.max, thresholds["share_of_training_steps"], at_most, 3)
         judge(key, 6, after.cost_mean, np.max, limit, at_most)
-    return pd.DataFrame(lines, columns=[*KEYS[:3], "claim", "value", "threshold", "rule", "verdict", "seeds"])
+    return pd.DataFrame(lines, columns=[*CASE, "claim", "value", "threshold", "rule", "verdict", "seeds"])
 
 
 # --------------------------------------------------------------------------------------------------------------- small
@@ -245,11 +256,12 @@ def number(value: float, digits: int = 1) -> str:
     return "0" if text == "-0" else text
 
 
-def need(frame: pd.DataFrame, columns: Sequence[str], where: str) -> None:
-    """UserError naming the columns that `frame` lacks."""
+def need(frame: pd.DataFrame, columns: Sequence[str], where: str) -> pd.DataFrame:
+    """The frame; UserError naming the columns that it lacks."""
     missing = [c for c in columns if c not in frame.columns]
     if missing:
         raise UserError(f"{where}: no column {', '.join(missing)}; it has {', '.join(map(str, frame.columns)) or 'none'}.")
+    return frame
 
 
 def _name(line: Mapping[str, Any]) -> str:

@@ -196,7 +196,7 @@ def test_a_checkpoint_of_another_task_is_refused(chain):
 
 def test_replicas_share_the_rows_of_their_condition(chain):
     pool, _ = load_pool(TASK, ATTACKS, chain[0])
-    rows = rows_of(pool, [line["condition"] for line in replica_table(ATTACKS, SEEDS)])
+    rows = rows_of(pool, [line["condition"] for line in replica_table(ATTACKS, SEEDS, [20.0])])
     assert len({id(r.ids) for r in rows}) == 5
 
 

@@ -34,13 +34,15 @@ def rows_of(pool: Pool, conditions: Sequence[str]) -> list[Rows]:
 
 def train(task: Task, learner: str, attacks: Sequence[str], seeds: Sequence[int], profile: str, root: Path, device: str = "cpu",
           overrides: Mapping[str, Any] | None = None, progress: Callable = iter, on_log: Callable | None = None,
-          cost_limits: Sequence[float] = ()) -> Artifact:
+          cost_limits: Sequence[float] = (), suffix: str = "") -> Artifact:
     """Train one learner on clean, poisoned and retain-only rows side by side, at one or more cost limits (empty: the data's).
 
-    Files: state.safetensors (weights and optimiser moments), history.csv (scalars along training). A killed run continues
-    from root/checkpoints, where the state is written every half minute.
+    Files: state.safetensors (weights and optimiser moments), history.csv (scalars along training), and, where the profile has
+    a learning curve, snapshots.safetensors ('<step>/<name>'). The artefact is called <task>-<learner><suffix>. A killed run
+    continues from root/checkpoints, where the state is written every half minute.
     """
     prepare_process()
+    name = f"{task.name}-{learner}{suffix}"
     config = resolve(profile, "train", task.name, learner, attacks, seeds=seeds, overrides=overrides)
     pool, inputs = load_pool(task, attacks, root)
     config["cost_limit"] = inputs["data"].config["cost_limit"]
@@ -56,10 +58,15 @@ def train(task: Task, learner: str, attacks: Sequence[str], seeds: Sequence[int]
     model.seed_noise(seeds[0] if seeds else 0)
     sampler = model.sampler(pool, rows)
     stream = torch.Generator(device).manual_seed(10_000 + (seeds[0] if seeds else 0))
-    resume = Resume.beside(root, f"train-{task.name}-{learner}", {**config, "replicas": table}, inputs)
+    resume = Resume.beside(root, f"train-{name}", {**config, "replicas": table}, inputs)
+    kept: dict[int, dict[str, torch.Tensor]] = {}
+    keep = lambda t: lambda: kept.__setitem__(t, model.weights())
     history = fit(lambda t: model.update(sampler.sample(stream), t), cfg.steps, model, [stream], log_every=max(cfg.steps // 80, 1),
-                  on_log=on_log, resume=resume, progress=progress)
+                  on_log=on_log, resume=resume, progress=progress, kept=kept,
+                  snapshots={t: keep(t) for t in sorted({round(share * cfg.steps) for share in config["learning_curve"]})})
     files = {"state.safetensors": model.full_state(), "history.csv": history.frame(table)}
-    artifact = save("train", f"{task.name}-{learner}", files, config, inputs, table, root=root, seconds=history.seconds[-1])
+    if kept:
+        files["snapshots.safetensors"] = {f"{t}/{k}": value for t, weights in kept.items() for k, value in weights.items()}
+    artifact = save("train", name, files, config, inputs, table, root=root, seconds=history.seconds[-1])
     resume.done()
     return artifact

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +30,24 @@ def unlearn(task: Task, learner: str, attacks: Sequence[str], method: str, seeds
     trained = load("train", f"{task.name}-{learner}", root)
     pool, inputs = load_pool(task, attacks, root)
     check_same_data(trained, inputs["data"])
-    wanted = [(a, s) for a in attacks for s in seeds]
-    found = {(line["attack"], line["seed"]): i for i, line in enumerate(trained.replicas) if line["method"] == "poisoned"}
-    missing = [pair for pair in wanted if pair not in found]
-    if missing:
+    found = [i for i, line in enumerate(trained.replicas) if line["method"] == "poisoned"]
+    victims = [i for a in attacks for i in found if trained.replicas[i]["attack"] == a and trained.replicas[i]["seed"] in seeds]
+    lines = [trained.replicas[i] for i in victims]
+    there = {(line["attack"], line["seed"]) for line in lines}
+    if missing := [pair for pair in product(attacks, seeds) if pair not in there]:
         raise UserError(f"train {trained.name} holds no model poisoned by '{missing[0][0]}' with seed {missing[0][1]}; "
                         f"run notebooks/03_train.ipynb with these attacks and seeds first.")
-    model = restore(trained, task, device).pick([found[pair] for pair in wanted])
-    table = [{"attack": a, "method": method, "condition": f"{a}/retain", "seed": s} for a, s in wanted]
+    model = restore(trained, task, device).pick(victims)
+    table = [{"attack": line["attack"], "method": method, "condition": f"{line['attack']}/retain", "seed": line["seed"],
+              "cost_limit": line["cost_limit"]} for line in lines]
     pool = pool.to(device)
     cfg = with_overrides(CONFIGS[method], {k: v for k, v in config.items() if k in CONFIGS[method].__dataclass_fields__}, method)
-    forged = ["cost" in inputs[f"poison:{a}"].json("facts.json")["threat"]["fields"] for a, _ in wanted]
+    forged = ["cost" in inputs[f"poison:{a}"].json("facts.json")["threat"]["fields"] for a in (line["attack"] for line in lines)]
     resume = Resume.beside(root, f"unlearn-{task.name}-{learner}-{method}", config, {"train": trained, **inputs})
-    retain = model.select_rows(pool, rows_of(pool, [f"{a}/retain" for a, _ in wanted]), model.cfg,
-                               [trained.config["cost_limit"]] * len(wanted))
+    retain = model.select_rows(pool, rows_of(pool, [line["condition"] for line in table]), model.cfg,
+                               [line["cost_limit"] for line in table])
     done = run_unlearning(
-        model, pool, retain, rows_of(pool, [f"{a}/forget" for a, _ in wanted]), method, cfg,
+        model, pool, retain, rows_of(pool, [f"{line['attack']}/forget" for line in lines]), method, cfg,
         seed=20_000 + (seeds[0] if seeds else 0), forged_costs=forged, later_steps=cfg.steps,
         snapshots_at=sorted({round(f * cfg.steps) for f in CURVE}), log_every=max(cfg.steps // 40, 1), resume=resume,
         progress=progress, on_log=on_log)
