@@ -8,7 +8,9 @@ reproduces the committed files up to the last digits of float32.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
+import inspect
 import itertools
 import json
 import subprocess
@@ -19,6 +21,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import golden  # noqa: E402
@@ -131,6 +134,33 @@ def record_cpq(path: Path) -> dict:
     return {"settings": more, "cost_limit": golden.CPQ_COST_LIMIT, "steps": steps, "noise_calls": noise.calls}
 
 
+def record_coptidice(path: Path) -> dict:
+    z, more, module = golden.SIZES, golden.COPTIDICE, load_osrl(path, "algorithms.coptidice")
+    hidden, known = list(z["hidden"]), golden.measured(z["n_obs"], z["n_act"])
+    model = module.COptiDICE(z["n_obs"], z["n_act"], 1.0, more["divergence"], known["p0"],
+                             np.array([known["obs_spread"]], np.float32), np.array([known["action_spread"]], np.float32),
+                             hidden, hidden, z["gamma"], more["alpha"], more["kl_limit"], z["heads"], z["heads"],
+                             golden.COPTIDICE_COST_LIMIT, z["horizon"])
+    start(model)
+    trainer = module.COptiDICETrainer(model, env=None, actor_lr=more["lr_actor"], critic_lr=z["lr"], scalar_lr=more["lr_scalar"])
+    logged = {"chi": "chi_loss", "temperature": "tau_loss", "nu": "nu_loss", "multiplier": "lmbda_loss", "actor": "actor_loss",
+              "lam": "lmbda", "tau": "tau", "kl": "D_kl"}
+    stored: dict[str, float] = {}
+    trainer.logger.store = lambda **scalars: stored.update(scalars)
+    noise, steps = golden.Noise(), []
+    with mock.patch("torch.randn_like", lambda t: noise(*t.shape)), \
+            mock.patch("torch.distributions.normal._standard_normal", lambda shape, dtype, device: torch.zeros(shape)):   # unused
+        for t in range(z["steps"]):
+            b = golden.batch(t, z["batch"], z["n_obs"], z["n_act"])
+            trainer.train_one_step([b["obs"], b["next_obs"], b["action"], b["reward"], b["cost"], b["done"],
+                                    golden.starts(t, z["batch"])])
+            scalars = {"lmbda": model.lmbda, "tau": model.tau}                     # OSRL does not register them as parameters
+            steps.append({**{ours: stored[f"loss/{theirs}"] for ours, theirs in logged.items()},
+                          "parameters": golden.checksums({**dict(model.named_parameters()), **scalars})})
+    return {"settings": more, "cost_limit": golden.COPTIDICE_COST_LIMIT, "measured": known, "steps": steps,
+            "noise_calls": noise.calls}
+
+
 def record_bc(path: Path) -> dict:
     z, module = golden.SIZES, load_osrl(path, "algorithms.bc")
     model = module.BC(z["n_obs"], z["n_act"], 1.0, list(z["hidden"]), z["horizon"])
@@ -155,7 +185,71 @@ def record_bc(path: Path) -> dict:
     return {"steps": steps, "selection_limit": limit, "selected": selected}
 
 
-RECORDERS = {"bcq_lag": record_bcq_lag, "bear_lag": record_bear_lag, "cpq": record_cpq, "bc": record_bc}
+RECORDERS = {"bcq_lag": record_bcq_lag, "bear_lag": record_bear_lag, "cpq": record_cpq, "coptidice": record_coptidice,
+             "bc": record_bc}
+
+
+# ----------------------------------------------------------------------- checkpoints: their layout, and how a model of it acts
+LAYOUTS = {"bc_all": ("bc", {"bc_mode": "all"}), "bc_multitask": ("bc", {"bc_mode": "multi-task"}), "bcq_lag": ("bcql", {}),
+           "bear_lag": ("bearl", {}), "cpq": ("cpq", {}),
+           "cdt": ("cdt", {"embedding_dim": 12, "num_layers": 2, "num_heads": 2, "seq_len": 4, "device": "cpu"})}
+
+
+def osrl_config(path: Path, kind: str, task: str, **changes) -> dict:
+    """The settings that OSRL's training script saves for a task, changed as by its command line."""
+    sys.modules["pyrallis"] = types.SimpleNamespace(field=lambda default, is_mutable: dataclasses.field(default_factory=lambda: default))
+    for name in ("examples", "examples.configs"):
+        package = types.ModuleType(name)
+        package.__path__ = [str(path / name.replace(".", "/"))]
+        sys.modules[name] = package
+    module = importlib.import_module(f"examples.configs.{kind}_configs")
+    config = dataclasses.asdict(getattr(module, f"{kind.upper()}_DEFAULT_CONFIG")[task]())
+    small = {"a_hidden_sizes": list(golden.SIZES["hidden"]), "c_hidden_sizes": list(golden.SIZES["hidden"]),
+             "vae_hidden_sizes": golden.SIZES["vae_hidden"]}
+    return {**config, **{k: v for k, v in small.items() if k in config}, **changes, "name": "recorded"}
+
+
+class FakeEnv:
+    """Stands in for an environment: what it says depends on the step alone. Rewards are scaled, as OSRL's wrapper does."""
+
+    def __init__(self, reward_scale: float, n_obs: int):
+        self.script, self.scale, self.actions = golden.episode(n_obs), reward_scale, []
+
+    def reset(self):
+        return self.script["obs"][0].numpy(), {}
+
+    def step(self, action: np.ndarray):
+        self.actions.append(action.tolist())
+        t = len(self.actions)
+        ended = t == len(self.script["reward"])
+        return (self.script["obs"][t].numpy(), float(self.script["reward"][t - 1]) * self.scale, ended, False,
+                {"cost": float(self.script["cost"][t - 1])})
+
+
+def record_layout(path: Path, name: str, task: str = "OfflineBallCircle-v0", n_obs: int = 8, n_act: int = 2) -> dict:
+    """Names, shapes and types of the state dictionary that OSRL saves, the config.yaml beside it, and what the model does with
+    weights by formula: in an episode that a script plays."""
+    kind, changes = LAYOUTS[name]
+    module, config = load_osrl(path, f"algorithms.{kind}"), osrl_config(path, kind, task, **changes)
+    known = inspect.signature(getattr(module, kind.upper())).parameters
+    settings = {k: v for k, v in config.items() if k in known}
+    if kind == "cdt":
+        settings["target_entropy"] = -n_act
+    model = getattr(module, kind.upper())(n_obs + (name == "bc_multitask"), n_act, 1.0, **settings)
+    layout = [[key, list(value.shape), str(value.dtype).removeprefix("torch.")] for key, value in model.state_dict().items()]
+    model.load_state_dict(golden.state(layout))
+    more = {k: config[k] for k in ("reward_scale", "cost_scale", "cost_reverse", "bc_mode", "cost_limit")
+            if k in config and k in inspect.signature(getattr(module, f"{kind.upper()}Trainer")).parameters}
+    if kind in ("bcql", "bearl", "cpq"):
+        model.setup_optimizers = lambda *rates: None
+    env, noise = FakeEnv(config.get("reward_scale", 1.0), n_obs), golden.Noise()
+    trainer = getattr(module, f"{kind.upper()}Trainer")(model.eval(), env, **more)
+    asked = config["target_returns"][0] if kind == "cdt" else ()                                # as its evaluate does
+    target = [model, env, *(x * config[scale] for x, scale in zip(asked, ("reward_scale", "cost_scale")))] if asked else []
+    with mock.patch("torch.randn", noise), torch.no_grad():
+        trainer.rollout(*target)
+    text = yaml.dump(config, default_flow_style=False, indent=4, sort_keys=False)              # as its logger writes it
+    return {"config": text, "layout": layout, "actions": env.actions, "noise_calls": noise.calls}
 
 
 def main() -> None:
@@ -172,6 +266,10 @@ def main() -> None:
                    **record(args.osrl)}
         (args.out / f"osrl_{name}.json").write_text(json.dumps(content, indent=1) + "\n")
         print(f"three updates of {name} recorded from {revision[:7]}")
+    for name in LAYOUTS:
+        content = {"source": "liuzuxin/OSRL", "revision": revision, "torch": torch.__version__, **record_layout(args.osrl, name)}
+        (args.out / f"osrl_layout_{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+        print(f"layout of {name}'s checkpoints recorded from {revision[:7]}")
 
 
 if __name__ == "__main__":

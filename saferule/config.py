@@ -251,7 +251,7 @@ CONFIGS: dict[str, Any] = {                        # name -> defaults
     "saferule": SafeRULEConfig(),
 }
 ATTACK_NAMES = ("inject", "label_flip", "given")
-LEARNER_NAMES = ("bcq_lag", "bear_lag", "cpq", *BC_NAMES)
+LEARNER_NAMES = ("bcq_lag", "bear_lag", "cpq", "coptidice", *BC_NAMES)
 UNLEARNER_NAMES = ("finetune", "finetune_nstep", "gradient_ascent", "saferule")   # 'retrain' is a condition of the training run
 STAGES = ("start", "data", "poison", "train", "unlearn", "evaluate", "table", "figures")
 
@@ -281,6 +281,7 @@ PROFILES: dict[str, Profile] = {
                          "lr": 3e-3, "tau": 0.1, "lr_lam": 0.05, "lam_max": 0.75},
             "cpq": {"steps": 900, "vae_steps": 200, "batch": 64, "hidden": (32, 32), "vae_hidden": 32, "lr": 3e-3, "lr_actor": 1e-3,
                     "tau": 0.1},
+            "coptidice": {"steps": 900, "batch": 64, "hidden": (32, 32), "lr": 3e-3, "lr_actor": 3e-3, "lr_scalar": 0.02},
             **dict.fromkeys(BC_NAMES, {"steps": 900, "batch": 64, "hidden": (32, 32), "lr": 3e-3}),
             "finetune": {"steps": 90},
             "finetune_nstep": {"steps": 90, "suppress_steps": 60, "tau": 0.1},
@@ -300,6 +301,7 @@ PROFILES: dict[str, Profile] = {
                          "vae_hidden": 400, "gamma": 0.99, "tau": 0.005, "samples": 10, "match_samples": 10},
             "cpq": {"steps": 100_000, "vae_steps": 0, "batch": 512, "hidden": (256, 256), "vae_hidden": 400, "lr_actor": 1e-4,
                     "gamma": 0.99, "tau": 0.005, "samples": 10},
+            "coptidice": {"steps": 100_000, "batch": 512, "hidden": (256, 256), "lr": 1e-4, "lr_actor": 1e-4, "lr_scalar": 1e-4},
             **dict.fromkeys(BC_NAMES, {"steps": 100_000, "batch": 512, "hidden": (256, 256)}),
             "finetune": {"steps": 10_000},
             "finetune_nstep": {"steps": 10_000, "suppress_steps": 5_000},

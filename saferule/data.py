@@ -27,6 +27,8 @@ class Batch(NamedTuple):
     done: Tensor
     steps: Tensor | float = 1.0        # environment steps that reward and cost sum over: bootstrap with gamma ** steps
     weight: Tensor | float = 1.0       # trust in a forget row, in [0, 1]
+    first: Tensor | None = None        # 1 where the row starts an episode (COptiDICE)
+    init_obs: Tensor | None = None     # states that start an episode, drawn by themselves (COptiDICE)
 
 
 class Rows(NamedTuple):

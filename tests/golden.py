@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections import OrderedDict
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ SIZES = {"n_obs": 5, "n_act": 2, "hidden": (16, 12), "vae_hidden": 14, "heads": 
 BEAR = {"mmd_sigma": 2.0, "mmd_limit": 0.05, "match_samples": 4, "actor_start": 1, "lr_alpha": 0.5}       # BEAR-Lag's further ones
 CPQ = {"lr_actor": 1e-3, "lr_alpha": 0.5, "ood_limit": 1.5, "ood_quantile": 0.75, "alpha": 1.0}     # and those of CPQ
 CPQ_COST_LIMIT = -1.2                  # some actions look safe, some do not
+COPTIDICE = {"lr_actor": 1e-3, "lr_scalar": 2e-2, "alpha": 0.5, "kl_limit": 0.01, "divergence": "softchi"}   # and COptiDICE's
+COPTIDICE_COST_LIMIT = 1.0
 
 
 def weight(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -29,6 +32,16 @@ def batch(step: int, rows: int, n_obs: int, n_act: int) -> dict[str, Tensor]:
             "done": (wave((rows,), 1.3) > 0.8).float()}
 
 
+def starts(step: int, rows: int) -> Tensor:
+    """Which rows of `batch` start an episode, 1 or 0 [rows]."""
+    return (torch.sin(step + 1.9 * torch.arange(rows, dtype=torch.float64)) > 0.6).float()
+
+
+def measured(n_obs: int, n_act: int) -> dict[str, float | list[float]]:
+    """What COptiDICE knows of its data: the share of rows that start an episode, std of observations and of actions."""
+    return {"p0": 0.3, "obs_spread": [0.5 + 0.1 * i for i in range(n_obs)], "action_spread": [0.4 + 0.2 * i for i in range(n_act)]}
+
+
 TAIL = 3                               # rows of `trajectories` that no end follows
 
 
@@ -43,6 +56,20 @@ def trajectories(episodes: int = 40) -> dict[str, Tensor]:
     return {**{name: obs[name] for name in ("obs", "action", "next_obs")}, "cost": (4 * level * (1 + wave)).floor().float(),
             "reward": (level.sqrt() + 0.4 * torch.sin(1.7 * k)).float(),
             "terminal": end * (k % 5 == 0), "timeout": end * (k % 5 != 0)}
+
+
+def episode(n_obs: int, steps: int = 7) -> dict[str, Tensor]:
+    """What a script says in an episode: obs [steps + 1, n_obs], reward [steps], cost [steps]."""
+    said = batch(5, steps + 1, n_obs, 1)
+    return {"obs": said["obs"], "reward": said["reward"][:-1] + 3, "cost": said["cost"][:-1]}
+
+
+def state(layout: list[tuple[str, list[int], str]]) -> OrderedDict[str, Tensor]:
+    """A state dictionary of OSRL's by formula: every weight has its own numbers; masks are OSRL's own."""
+    made = OrderedDict()
+    for name, shape, dtype in layout:
+        made[name] = ~torch.ones(shape, dtype=torch.bool).tril() if dtype == "bool" else weight(name, tuple(shape))
+    return made
 
 
 class Noise:
