@@ -63,7 +63,7 @@ wildcard_constraints:
 
 
 rule all:
-    input: expand("notebooks/{name}.ipynb", name=["00_start_here", "10_table_main", "20_figures"])
+    input: expand("notebooks/{name}.ipynb", name=PRESET.notebooks)
 
 
 rule start:
@@ -113,6 +113,20 @@ rule table_main:
     output: "tables/T1_main.csv", notebook="notebooks/10_table_main.ipynb"
     params: settings=resolved("table"), code=code("10_table_main")
     shell: run("10_table_main")
+
+
+rule table_learners:
+    input: artefacts("evaluate", TASKS, LEARNERS)
+    output: "tables/T0_learners.csv", notebook="notebooks/11_learners.ipynb"
+    params: settings=resolved("table"), code=code("11_learners")
+    shell: run("11_learners")
+
+
+rule cost_limits:
+    input: artefacts("evaluate", TASKS, LEARNERS)
+    output: "tables/T0_cost_limits.csv", notebook="notebooks/12_cost_limits.ipynb"
+    params: settings=resolved("table"), code=code("12_cost_limits")
+    shell: run("12_cost_limits")
 
 
 rule figures:

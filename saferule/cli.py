@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
     reproduce = commands.add_parser("reproduce", help="run every notebook that is out of date and print table T1")
-    reproduce.add_argument("--profile", default="quick", help="smoke, quick (default), standard or paper")
+    reproduce.add_argument("--profile", default="quick", help="smoke, quick (default), standard, learners or paper")
     reproduce.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     reproduce.add_argument("--seeds", default="", help="such as 0,1,2; default: the profile's")
     reproduce.add_argument("--tasks", default="", help="such as BallCircle,CarCircle; default: the profile's")

@@ -1,4 +1,4 @@
-"""`saferule reproduce`: checks its arguments, hands the DAG of notebooks to Snakemake, and prints table T1."""
+"""`saferule reproduce`: checks its arguments, hands the DAG of notebooks to Snakemake, and prints the main table."""
 from __future__ import annotations
 
 import fcntl
@@ -86,9 +86,9 @@ def snakemake(root: Path, cores: str, config: dict[str, str], options: Sequence[
 
 
 def summary(root: Path) -> str:
-    """Table T1 as text, and where everything lies."""
-    table = root / "tables" / "T1_main.md"
-    text = table.read_text(encoding="utf-8") if table.is_file() else (root / "tables" / "T1_main.csv").read_text(encoding="utf-8")
+    """The profile's main table as text, and where everything lies."""
+    tables = [root / "tables" / f"{name}.md" for name in ("T1_main", "T0_learners")]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in tables if path.is_file())
     places = [("tables", "tables"), ("figures", "figures"), ("notebooks", "executed notebooks"), ("artifacts", "artefacts"),
               ("wandb", "offline W&B runs")]
     lines = [f"  {what:<20}{relative(root / name)}" for name, what in places if (root / name).is_dir()]

@@ -74,7 +74,7 @@ def curve_figure(episodes: pd.DataFrame, limit: float, title: str = "") -> Figur
             axes[0, column].set_title(ATTACKS.get(attack, attack), pad=16)
             axes[1, column].set_xlabel("steps after the poisoned policy [updates]")
             axes[1, column].xaxis.set_major_locator(MaxNLocator(5, integer=True))
-            _limit(axes[0, column], limit, horizontal=True)
+            cost_limit_line(axes[0, column], limit, horizontal=True)
         axes[0, 0].set_ylim(bottom=-0.03 * axes[0, 0].get_ylim()[1])            # a line at zero cost shall be seen
         axes[0, 0].set_ylabel(COST)
         axes[1, 0].set_ylabel(RETURN)
@@ -120,7 +120,7 @@ def scatter_figure(poisoned: Mapping[str, pd.DataFrame], clean: pd.DataFrame, li
         axes[0, 0].set_ylabel(RETURN)
         axes[0, 0].set_xlim(left=min(0, *axes[0, 0].get_xlim()))
         for ax in axes.flat:
-            _limit(ax, limit, horizontal=False)
+            cost_limit_line(ax, limit, horizontal=False)
         entries = [e for ax in axes.flat for e in zip(*ax.get_legend_handles_labels())]
         found = {text: handle for handle, text in entries if len(handle.get_offsets())}
         fig.legend(found.values(), found.keys(), loc="lower center", ncol=3, markerscale=1.4)
@@ -160,7 +160,7 @@ def pareto_figure(tidy: pd.DataFrame, title: str = "") -> Figure:
                 ax.set_ylabel(RETURN)
             right = max(ax.get_xlim()[1], 1.25 * limit)
             ax.set_xlim(-0.04 * right, right)            # models without any cost stand clear of the axis
-            _limit(ax, limit, horizontal=False)
+            cost_limit_line(ax, limit, horizontal=False)
         for ax in list(axes.flat)[len(panels):]:
             ax.set_axis_off()
         handles = [Line2D([], [], ls="", marker=MARKERS[m], color=COLOURS[m], ms=_size(m, 8), mec="white", label=METHODS[m])
@@ -292,7 +292,7 @@ def render(fig: Figure, kind: str) -> bytes:
 
 
 # ----------------------------------------------------------------------------------------------------- parts of figures
-def _limit(ax, limit: float, horizontal: bool) -> None:
+def cost_limit_line(ax, limit: float, horizontal: bool) -> None:
     """The cost limit as a labelled line, the unsafe side tinted; autoscaled limits stay as they are."""
     line, span, edge = (ax.axhline, ax.axhspan, ax.get_ylim) if horizontal else (ax.axvline, ax.axvspan, ax.get_xlim)
     top = max(edge()[1], 1.1 * limit)

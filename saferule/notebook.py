@@ -65,6 +65,18 @@ def parse_seeds(value: Any) -> tuple[int, ...]:
     return tuple(int(item) for item in items)
 
 
+def parse_limits(value: Any) -> tuple[float, ...]:
+    """'10,20,40' -> (10.0, 20.0, 40.0). Raises UserError unless all are different numbers >= 0."""
+    try:
+        limits = tuple(float(item) for item in listed(value))
+        good = all(0 <= limit < float("inf") for limit in limits) and len(set(limits)) == len(limits)
+    except ValueError:
+        good = False
+    if not good:
+        raise UserError(f"cost_limits: '{value}' must be different numbers >= 0 separated by commas, such as 10,20,40.")
+    return limits
+
+
 def parse_device(value: str) -> str:
     """'auto' | 'cpu' | 'cuda' -> 'cpu' | 'cuda'. Raises UserError for another name, or where there is no CUDA device."""
     one_of("device", value, ("auto", "cpu", "cuda"))
@@ -97,6 +109,8 @@ def checked(parameters: Mapping[str, Any]) -> SimpleNamespace:
         out.tasks = tuple(get_task(name) for name in listed(parameters["tasks"]) or preset.tasks)
     if "seeds" in parameters:
         out.seeds = parse_seeds(parameters["seeds"]) or preset.seeds
+    if "cost_limits" in parameters:
+        out.cost_limits = parse_limits(parameters["cost_limits"])
     if "device" in parameters:
         out.device = parse_device(parameters["device"])
     out.profile = parameters.get("profile", "smoke")
@@ -109,7 +123,7 @@ def begin(name: str, namespace: Mapping[str, Any]) -> SimpleNamespace:
 
     Raises UserError for a misspelt parameter (also one injected by a bare papermill command) and for unknown values.
     Returns the parameters as attributes: profile (str), root (Path of the run), and, where declared, task (Task),
-    learner, attack, method (str), attacks, methods, seeds (tuples), device ('cpu' or 'cuda'); others as they are.
+    learner, attack, method (str), attacks, methods, seeds, cost_limits (tuples), device ('cpu' or 'cuda'); others as they are.
     Sets PyTorch to one thread: the engine runs several notebooks at once.
     """
     defaults = declared((NOTEBOOKS / name).with_suffix(".ipynb"))

@@ -11,7 +11,10 @@ from .errors import UserError
 from .files import atomic_file, replacing, results_dir, run_dir
 from .sources import REPO
 
-SHOWN = "attack", "method", "return [95%]", "cost per seed", "cost per seed, later", "of retrained return"
+SHOWN = {                              # the README's table of a profile: a table, and some of its columns
+    "T1_main": ("attack", "method", "return [95%]", "cost per seed", "cost per seed, later", "of retrained return"),
+    "T0_learners": ("task", "learner", "return [95%]", "cost per seed", "of best safe return", "verdict"),
+}
 PARTS = ("tables", "figures", "notebooks")
 
 
@@ -21,7 +24,7 @@ def keep(profile: str) -> Path:
     The folder is replaced as a whole. Notebooks lose what papermill notes about paths. Raises UserError if the run is not there.
     """
     root, final = run_dir(profile), results_dir() / "reference" / profile
-    if not (root / "tables" / "T1_main.csv").is_file():
+    if not any((root / "tables" / f"{name}.csv").is_file() for name in SHOWN):
         raise UserError(f"no finished run of profile '{profile}'; call `make reproduce PROFILE={profile}` first.")
     with replacing(final) as folder:
         for part in PARTS:
@@ -45,10 +48,9 @@ def keep(profile: str) -> Path:
 
 
 def headline(kept: Path) -> str:
-    """The README's table: some columns of a kept T1, as Markdown. Its numbers are typed nowhere."""
+    """The README's table: some columns of a kept one, as Markdown. Its numbers are typed nowhere."""
     from .report import to_markdown
-    lines = [line.strip("| \n").split(" | ") for line in (kept / "tables" / "T1_main.md").read_text(encoding="utf-8").splitlines()
-             if line.startswith("|")]
-    n = next((i for i, line in enumerate(lines) if i and line[0] == "task"), len(lines))           # the claims' table follows
-    frame = pd.DataFrame(lines[2:n], columns=lines[0])
-    return to_markdown(frame[list(SHOWN)])
+    path, shown = next((path, shown) for name, shown in SHOWN.items() if (path := kept / "tables" / f"{name}.md").is_file())
+    text = path.read_text(encoding="utf-8").split("\n## ")[0]                                      # the claims' table follows
+    lines = [line.strip("| \n").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    return to_markdown(pd.DataFrame(lines[2:], columns=lines[0])[list(shown)])

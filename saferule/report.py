@@ -70,20 +70,20 @@ def save_figure(fig: Figure, stem: Path | str) -> list[Path]:
 
 
 def write_table(tidy: pd.DataFrame, stem: Path | str, title: str, note: str = "", profile: str = "", inputs: Iterable[Any] = (),
-                later: pd.DataFrame | None = None, verdicts: pd.DataFrame | None = None) -> list[Path]:
+                shown: pd.DataFrame | None = None, claimed: pd.DataFrame | None = None) -> list[Path]:
     """A table for everyone: <stem>.csv (tidy, exact), .md and .png (for people), and an entry in manifest.json beside them.
 
     note      one or more lines under the table; a profile's own note ('smoke run, not a result') comes first by itself
     inputs    artefacts (or ids) that the numbers come from
-    later     `later_table`, shown as a further column; verdicts: `claims`, shown below the table
+    shown     the table as text for people (default: `summary_table`); claimed: such a table of verdicts, below it
     manifest.json: profile, and per table its title, note, inputs and the sha256 of each file. Returns the paths.
     """
     stem = Path(stem)
     preset = PROFILES[profile].note if profile in PROFILES else ""
-    shown = summary_table(tidy, later)
+    shown = summary_table(tidy) if shown is None else shown
     text = [f"# {title}\n", *([f"**{preset}**\n"] if preset else []), to_markdown(shown)]
-    if verdicts is not None and len(verdicts):
-        text += ["## Claims\n", to_markdown(claims_table(verdicts))]
+    if claimed is not None and len(claimed):
+        text += ["## Claims\n", to_markdown(claimed)]
     text += [line + "\n" for line in note.splitlines()]
     contents = {".csv": tidy.to_csv(index=False).encode(), ".md": "\n".join(text).encode(),
                 ".png": render(table_figure(shown, title, note, preset), "png")}

@@ -206,7 +206,7 @@ def test_table_figure_holds_every_cell_inside_the_picture(tables):
 def test_write_table(tables, tmp_path):
     tidy, later, verdicts = tables
     paths = report.write_table(tidy, tmp_path / "T1_main", "T1: main", "Ours, not the paper's.", "smoke", ["b" * 64, "a" * 64],
-                               later, verdicts)
+                               report.summary_table(tidy, later), report.claims_table(verdicts))
     assert [p.name for p in paths] == ["T1_main.csv", "T1_main.md", "T1_main.png", "manifest.json"]
     back = pd.read_csv(paths[0], keep_default_na=False)
     assert list(back.columns) == list(tidy.columns)
