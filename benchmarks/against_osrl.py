@@ -51,7 +51,7 @@ from saferule.train import Learner, fit, prepare_process
 EPISODES = {"BallCircle": 600, "CarRun": 400}           # task -> collected episodes
 DATA_SEED = 0
 EVALUATION = {"episodes": 20, "seed": 1000, "cost_limit": 20.0}
-COMMON = {"steps": 5000, "batch": 128, "hidden": (64, 64), "vae_hidden": 64, "heads": 2, "samples": 4, "gamma": 0.97, "tau": 0.02,
+COMMON = {"steps": 2000, "batch": 128, "hidden": (64, 64), "vae_hidden": 64, "heads": 2, "samples": 4, "gamma": 0.97, "tau": 0.02,
           "lr": 1e-3, "beta": 0.5, "reward_scale": 0.1}
 SETTINGS = {                                            # in our words; values that OSRL has as defaults are OSRL's
     "bcq_lag": {**COMMON, "phi": 0.05, "lmbda": 0.75, "pid": (0.1, 0.003, 0.001)},
