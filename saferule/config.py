@@ -174,6 +174,33 @@ class BCConfig:
     gamma = reward_scale = 1.0         # no settings: returns are not discounted, rewards are not looked at
 
 
+@dataclass(frozen=True)
+class CDTConfig:
+    mode: str = "default"              # default: corrected | parity: as OSRL does it
+    steps: int = 2500
+    batch: int = 32                    # windows ...
+    context: int = 10                  # ... of so many steps, and how far back the policy looks
+    width: int = 32                    # of a token
+    layers: int = 2
+    attention_heads: int = 2
+    dropout: float = 0.0               # of embeddings, attention and residual branches (OSRL: 0.1)
+    lr: float = 1e-3
+    warm_up: int = 100                 # steps in which the rate rises to lr
+    weight_decay: float = 1e-4
+    clip: float = 0.25                 # bound of the gradient's norm, per replica
+    cost_weight: float = 0.02          # of the prediction of the step's cost
+    temperature: float = 0.1           # weight of the entropy at the start ...
+    lr_temperature: float = 1e-4       # ... which follows its shortfall
+    adapt_temperature: bool = True     # off: the weight stays as it is
+    cost_unit: float = 20.0            # costs-to-go are divided by this where they are tokens
+    cheap: float = 0.0                 # if positive, episodes are drawn with weight max(0, cheap - their cost) (OSRL: 70)
+    spend: float = 1.0                 # when acting this share of the limit is asked for as cost ...
+    ask: float = 1.0                   # ... and this share of the data's best return at that cost as return
+    standardise: bool = True           # observations by mean and std, rewards by their 98% quantile
+    reward_scale: float = 1.0          # used when standardise is off (OSRL: 0.1)
+    gamma = 1.0                        # no setting: returns are not discounted
+
+
 # ---------------------------------------------------------------------------------------------------------- unlearners
 
 
@@ -230,6 +257,7 @@ class EvaluateConfig:
 
 
 CURVE = (0, 0.125, 0.25, 0.5, 0.75, 1, 1.5, 2)     # weights are kept at these multiples of the unlearning budget
+LEARNING_CURVE = (0.1, 0.2, 0.4, 0.6, 0.8, 1)      # and at these shares of the training, where a profile asks for it
 
 
 @dataclass(frozen=True)
@@ -238,6 +266,8 @@ class Thresholds:
     clean_return: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"BallCircle": 550.0})
     share_of_retrained_return: float = 0.80
     share_of_training_steps: float = 0.10
+    share_of_best_safe_return: float = 0.80            # the clean learners': of the best safe episode in the data
+    share_of_tasks: float = 0.75
 
 
 BC_NAMES = tuple("bc_" + select.replace("-", "") for select in BC_SELECTIONS)
@@ -245,13 +275,13 @@ CONFIGS: dict[str, Any] = {                        # name -> defaults
     "data": DataConfig(), "evaluate": EvaluateConfig(), "thresholds": Thresholds(),
     "inject": InjectConfig(), "label_flip": LabelFlipConfig(), "given": GivenConfig(),
     "bcq_lag": BCQLagConfig(), "bear_lag": BEARLagConfig(), "cpq": CPQConfig(),
-    "coptidice": COptiDICEConfig(),
+    "coptidice": COptiDICEConfig(), "cdt": CDTConfig(),
     **{name: BCConfig(select=select) for name, select in zip(BC_NAMES, BC_SELECTIONS)},
     "finetune": FinetuneConfig(), "finetune_nstep": FinetuneNStepConfig(), "gradient_ascent": GradientAscentConfig(),
     "saferule": SafeRULEConfig(),
 }
 ATTACK_NAMES = ("inject", "label_flip", "given")
-LEARNER_NAMES = ("bcq_lag", "bear_lag", "cpq", "coptidice", *BC_NAMES)
+LEARNER_NAMES = ("bcq_lag", "bear_lag", "cpq", "coptidice", "cdt", *BC_NAMES)
 UNLEARNER_NAMES = ("finetune", "finetune_nstep", "gradient_ascent", "saferule")   # 'retrain' is a condition of the training run
 STAGES = ("start", "data", "poison", "train", "unlearn", "evaluate", "table", "figures")
 
@@ -264,6 +294,8 @@ class Profile:
     attacks: tuple[str, ...] = ("inject", "label_flip")
     methods: tuple[str, ...] = UNLEARNER_NAMES
     config: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)     # diffs: name -> {key: value}
+    learning_curve: tuple[float, ...] = ()             # shares of the training at which weights are kept and rolled out
+    notebooks: tuple[str, ...] = ("00_start_here", "10_table_main", "20_figures")          # what a run ends with
     note: str = ""
 
 
@@ -282,6 +314,7 @@ PROFILES: dict[str, Profile] = {
             "cpq": {"steps": 900, "vae_steps": 200, "batch": 64, "hidden": (32, 32), "vae_hidden": 32, "lr": 3e-3, "lr_actor": 1e-3,
                     "tau": 0.1},
             "coptidice": {"steps": 900, "batch": 64, "hidden": (32, 32), "lr": 3e-3, "lr_actor": 3e-3, "lr_scalar": 0.02},
+            "cdt": {"steps": 600, "batch": 16, "context": 5, "lr": 3e-3, "warm_up": 50},
             **dict.fromkeys(BC_NAMES, {"steps": 900, "batch": 64, "hidden": (32, 32), "lr": 3e-3}),
             "finetune": {"steps": 90},
             "finetune_nstep": {"steps": 90, "suppress_steps": 60, "tau": 0.1},
@@ -291,6 +324,9 @@ PROFILES: dict[str, Profile] = {
         }),
     "quick": Profile(tasks=("BallCircle",), seeds=(0, 1, 2)),
     "standard": Profile(tasks=("BallRun", "CarRun", "BallCircle", "CarCircle"), seeds=(0, 1, 2)),
+    "learners": Profile(                                   # the clean benchmark of all learners, at quick sizes
+        tasks=("BallRun", "CarRun", "BallCircle", "CarCircle"), seeds=(0, 1, 2), learners=LEARNER_NAMES, attacks=(), methods=(),
+        learning_curve=LEARNING_CURVE, notebooks=("11_learners", "12_cost_limits")),
     "paper": Profile(
         tasks=BULLET, seeds=(0, 1, 2, 3, 4),
         config={
@@ -302,6 +338,8 @@ PROFILES: dict[str, Profile] = {
             "cpq": {"steps": 100_000, "vae_steps": 0, "batch": 512, "hidden": (256, 256), "vae_hidden": 400, "lr_actor": 1e-4,
                     "gamma": 0.99, "tau": 0.005, "samples": 10},
             "coptidice": {"steps": 100_000, "batch": 512, "hidden": (256, 256), "lr": 1e-4, "lr_actor": 1e-4, "lr_scalar": 1e-4},
+            "cdt": {"steps": 100_000, "batch": 2048, "width": 128, "layers": 3, "attention_heads": 8, "dropout": 0.1, "lr": 1e-4,
+                    "warm_up": 500},
             **dict.fromkeys(BC_NAMES, {"steps": 100_000, "batch": 512, "hidden": (256, 256)}),
             "finetune": {"steps": 10_000},
             "finetune_nstep": {"steps": 10_000, "suppress_steps": 5_000},
@@ -377,7 +415,7 @@ def resolve(profile: str, stage: str, task: str, learner: str = "bcq_lag", attac
         return {"task": task, "attack": attack, "cost_limit": data["cost_limit"], **plain(attack, overrides)}
     if stage == "train":
         return {"task": task, "learner": learner, "attacks": attacks, "seeds": seeds, "cost_limit": data["cost_limit"],
-                **plain(learner, overrides)}
+                "learning_curve": PROFILES[profile].learning_curve, **plain(learner, overrides)}
     if stage == "unlearn":
         one_of("method", method, UNLEARNER_NAMES)
         return {"task": task, "learner": learner, "attacks": attacks, "method": method, "seeds": seeds, **plain(method, overrides)}

@@ -102,8 +102,12 @@ class Learner(nn.Module):
         params = list(getattr(self, name).parameters())
         self.optim[name].zero_grad(set_to_none=True)
         loss.sum().backward(inputs=params)
+        self.before_step(name)
         self.optim[name].step()
         return loss.detach()
+
+    def before_step(self, name: str) -> None:
+        """What a learner does to the fresh gradients of a network or to its rate (most: nothing)."""
 
     @torch.no_grad()
     def polyak(self, *names: str) -> None:

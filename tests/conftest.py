@@ -35,7 +35,7 @@ KINDS = [name for name in LEARNERS if name not in ("bc_all", "bc_risky", "bc_fro
 
 def make_learner(pool, rows, seeds=None, qc_limit=2.0, learner="bcq_lag", **cfg):
     """A small learner of any kind with seeded noise; settings that the kind does not have are left out."""
-    small = {"vae_steps": 0, "actor_start": 0, "batch": 32, "hidden": (16, 16), "vae_hidden": 16, **cfg}
+    small = {"vae_steps": 0, "actor_start": 0, "batch": 32, "hidden": (16, 16), "vae_hidden": 16, "context": 3, "width": 8, **cfg}
     cfg = replace(CONFIGS[learner], **{k: v for k, v in small.items() if k in CONFIGS[learner].__dataclass_fields__})
     seeds = list(range(len(rows))) if seeds is None else seeds
     made = LEARNERS[learner](cfg, measure_units(pool, rows), torch.full((len(rows),), qc_limit), seeds,

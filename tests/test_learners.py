@@ -79,8 +79,8 @@ def test_nan_in_one_replica_leaves_the_others_unchanged(pool, learner, mode):
     stream = torch.Generator().manual_seed(0)
     for t in range(5):
         batch = sampler.sample(stream)
-        broken = batch._replace(reward=batch.reward.clone(), obs=batch.obs.clone())
-        broken.reward[0], broken.obs[0] = float("nan"), float("nan")
+        broken = batch._replace(obs=batch.obs.clone(), action=batch.action.clone())
+        broken.obs[0], broken.action[0] = float("nan"), float("nan")
         clean.update(batch, t)
         hurt.update(broken, t)
     for name, value in clean.state_dict().items():

@@ -16,10 +16,11 @@ from ..train import Learner
 from .bc import BC
 from .bcq_lag import BCQLag
 from .bear_lag import BEARLag
+from .cdt import CDT
 from .coptidice import COptiDICE
 from .cpq import CPQ
 
-LEARNERS: dict[str, type[Learner]] = {"bcq_lag": BCQLag, "bear_lag": BEARLag, "cpq": CPQ, "coptidice": COptiDICE,
+LEARNERS: dict[str, type[Learner]] = {"bcq_lag": BCQLag, "bear_lag": BEARLag, "cpq": CPQ, "coptidice": COptiDICE, "cdt": CDT,
                                       **dict.fromkeys(BC_NAMES, BC)}
 assert tuple(LEARNERS) == LEARNER_NAMES
 
