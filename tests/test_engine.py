@@ -19,7 +19,8 @@ from saferule.sources import PACKAGE, PRESENTATION, closure, digest, imports, la
 
 LISTS = 'task = "BallRun"\nlearner = "bcq_lag"\nattacks = ""\nmethod = "saferule"\nseeds = "0,1"\ndevice = "cpu"'
 PARAMETERS = {"00_start_here": "", "01_data": 'task = "BallRun"', "02_poison": 'task = "BallRun"\nattack = "inject"',
-              "03_train": LISTS, "04_unlearn": LISTS, "05_evaluate": LISTS, "10_table_main": "", "20_figures": 'tasks = ""'}
+              "03_train": LISTS, "04_unlearn": LISTS, "05_evaluate": LISTS, "10_table_main": "",
+              "11_learners": 'learners = ""', "12_cost_limits": "", "20_figures": 'tasks = ""'}
 
 
 @pytest.fixture
@@ -52,10 +53,10 @@ for file in files:
 """
 
 
-def planned(capfd, chapters, **arguments) -> Counter:
+def planned(capfd, chapters, profile="smoke", **arguments) -> Counter:
     """How many jobs of each rule a dry run would start."""
     capfd.readouterr()
-    assert engine.run("smoke", notebooks=chapters, options=["--dry-run"], **arguments) == 0
+    assert engine.run(profile, notebooks=chapters, options=["--dry-run"], **arguments) == 0
     said = "".join(capfd.readouterr())
     if "Nothing to be done" in said:
         return Counter()
@@ -103,6 +104,18 @@ def test_what_is_run_again_and_what_a_failure_says(chapters, root, capfd):
     says = "saferule: 00_start_here: cell [3] raised ZeroDivisionError: division by zero"
     assert capfd.readouterr().err == f"{says} (as far as it came: {kept})\n"
     assert kept.is_file() and not (root / "notebooks" / "00_start_here.ipynb").exists()
+
+
+def test_jobs_of_every_profile(chapters, root, capfd):
+    """Each stage once per what it makes; the clean benchmark neither poisons nor unlearns."""
+    for name, preset in PROFILES.items():
+        tasks, runs = len(preset.tasks), len(preset.tasks) * len(preset.learners)
+        stages = Counter(data=tasks, poison=tasks * len(preset.attacks), train=runs, evaluate=runs,
+                         unlearn=runs * len(preset.methods))
+        ends = {"00_start_here": "start", "10_table_main": "table_main", "20_figures": "figures", "11_learners": "table_learners",
+                "12_cost_limits": "cost_limits"}
+        assert planned(capfd, chapters, name) == +stages + Counter(ends[notebook] for notebook in preset.notebooks), name
+    assert "learners" in PROFILES and not PROFILES["learners"].attacks
 
 
 def alive(pid: int) -> bool:

@@ -79,6 +79,11 @@ def missing_losses(method: str, learner: Learner | type[Learner]) -> tuple[str, 
     return tuple(name for name in getattr(UNLEARNERS[method], "NEEDS", ()) if name not in learner.LOSSES)
 
 
+def possible(methods: Sequence[str], learner: Learner | type[Learner]) -> tuple[str, ...]:
+    """Those of the methods that can repair such a learner."""
+    return tuple(method for method in methods if not missing_losses(method, learner))
+
+
 def unlearn(learner: Learner, pool: Pool, retain: Sequence[Rows], forget: Sequence[Rows], method: str, cfg: Any, seed: int = 0,
             forged_costs: Sequence[bool] | None = None, later_steps: int = 0, snapshots_at: Sequence[int] = (),
             resume: Resume | None = None, **loop: Any) -> Unlearned:
