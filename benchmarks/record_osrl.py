@@ -161,6 +161,27 @@ def record_coptidice(path: Path) -> dict:
             "noise_calls": noise.calls}
 
 
+def record_cdt(path: Path) -> dict:
+    """Without dropout: its masks come from torch's own generator, which no formula stands in for."""
+    z, more, module = golden.SIZES, golden.CDT, load_osrl(path, "algorithms.cdt")
+    model = module.CDT(z["n_obs"], z["n_act"], 1.0, seq_len=more["context"], episode_len=z["horizon"], embedding_dim=more["width"],
+                       num_layers=more["layers"], num_heads=more["attention_heads"], use_rew=True, use_cost=True,
+                       cost_transform=True, stochastic=True, init_temperature=more["temperature"], target_entropy=-z["n_act"])
+    start(model)
+    trainer, steps = module.CDTTrainer(model, env=None, learning_rate=more["lr"], weight_decay=more["weight_decay"],
+                                       clip_grad=more["clip"], lr_warmup_steps=more["warm_up"],
+                                       loss_cost_weight=more["cost_weight"]), []
+    stored: dict[str, float] = {}
+    trainer.logger.store = lambda **scalars: stored.update(scalars)
+    for t in range(z["steps"]):
+        b = golden.windows(t, z["batch"], more["context"], z["n_obs"], z["n_act"])
+        trainer.train_one_step(b["obs"], b["action"], b["ret"], b["cost_to_go"], b["t"], b["mask"], None, b["cost"])
+        steps.append({"policy": stored["all_loss"], "likelihood": -stored["nll"], "entropy": stored["ent"],
+                      "cost": stored["cost_loss"], "temperature": model.temperature().item(),
+                      "parameters": golden.checksums(dict(model.named_parameters()))})
+    return {"settings": more, "steps": steps}
+
+
 def record_bc(path: Path) -> dict:
     z, module = golden.SIZES, load_osrl(path, "algorithms.bc")
     model = module.BC(z["n_obs"], z["n_act"], 1.0, list(z["hidden"]), z["horizon"])
@@ -186,7 +207,7 @@ def record_bc(path: Path) -> dict:
 
 
 RECORDERS = {"bcq_lag": record_bcq_lag, "bear_lag": record_bear_lag, "cpq": record_cpq, "coptidice": record_coptidice,
-             "bc": record_bc}
+             "cdt": record_cdt, "bc": record_bc}
 
 
 # ----------------------------------------------------------------------- checkpoints: their layout, and how a model of it acts
@@ -197,7 +218,8 @@ LAYOUTS = {"bc_all": ("bc", {"bc_mode": "all"}), "bc_multitask": ("bc", {"bc_mod
 
 def osrl_config(path: Path, kind: str, task: str, **changes) -> dict:
     """The settings that OSRL's training script saves for a task, changed as by its command line."""
-    sys.modules["pyrallis"] = types.SimpleNamespace(field=lambda default, is_mutable: dataclasses.field(default_factory=lambda: default))
+    field = lambda default, is_mutable: dataclasses.field(default_factory=lambda: default)
+    sys.modules["pyrallis"] = types.SimpleNamespace(field=field)
     for name in ("examples", "examples.configs"):
         package = types.ModuleType(name)
         package.__path__ = [str(path / name.replace(".", "/"))]
@@ -226,18 +248,18 @@ class FakeEnv:
                 {"cost": float(self.script["cost"][t - 1])})
 
 
-def record_layout(path: Path, name: str, task: str = "OfflineBallCircle-v0", n_obs: int = 8, n_act: int = 2) -> dict:
-    """Names, shapes and types of the state dictionary that OSRL saves, the config.yaml beside it, and what the model does with
-    weights by formula: in an episode that a script plays."""
-    kind, changes = LAYOUTS[name]
-    module, config = load_osrl(path, f"algorithms.{kind}"), osrl_config(path, kind, task, **changes)
+def played(path: Path, name: str, config: dict, weights, n_obs: int = 8, n_act: int = 2) -> tuple[list, list, int]:
+    """A model built as OSRL's scripts do, in an episode that a script plays: layout (name, shape, type) of its state dictionary,
+    its actions, and how often it drew noise. weights: layout -> state dictionary."""
+    kind = LAYOUTS[name][0]
+    module = load_osrl(path, f"algorithms.{kind}")
     known = inspect.signature(getattr(module, kind.upper())).parameters
     settings = {k: v for k, v in config.items() if k in known}
     if kind == "cdt":
         settings["target_entropy"] = -n_act
     model = getattr(module, kind.upper())(n_obs + (name == "bc_multitask"), n_act, 1.0, **settings)
     layout = [[key, list(value.shape), str(value.dtype).removeprefix("torch.")] for key, value in model.state_dict().items()]
-    model.load_state_dict(golden.state(layout))
+    model.load_state_dict(weights(layout))
     more = {k: config[k] for k in ("reward_scale", "cost_scale", "cost_reverse", "bc_mode", "cost_limit")
             if k in config and k in inspect.signature(getattr(module, f"{kind.upper()}Trainer")).parameters}
     if kind in ("bcql", "bearl", "cpq"):
@@ -248,8 +270,16 @@ def record_layout(path: Path, name: str, task: str = "OfflineBallCircle-v0", n_o
     target = [model, env, *(x * config[scale] for x, scale in zip(asked, ("reward_scale", "cost_scale")))] if asked else []
     with mock.patch("torch.randn", noise), torch.no_grad():
         trainer.rollout(*target)
+    return layout, env.actions, noise.calls
+
+
+def record_layout(path: Path, name: str, task: str = "OfflineBallCircle-v0") -> dict:
+    """What OSRL saves: its state dictionary's layout and its config.yaml; and how the model acts with weights by formula."""
+    kind, changes = LAYOUTS[name]
+    config = osrl_config(path, kind, task, **changes)
+    layout, actions, noise_calls = played(path, name, config, golden.state)
     text = yaml.dump(config, default_flow_style=False, indent=4, sort_keys=False)              # as its logger writes it
-    return {"config": text, "layout": layout, "actions": env.actions, "noise_calls": noise.calls}
+    return {"config": text, "layout": layout, "actions": actions, "noise_calls": noise_calls}
 
 
 def main() -> None:

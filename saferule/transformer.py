@@ -1,7 +1,7 @@
 """A stacked transformer: R independent copies, trained at once by batched matrix products.
 
-Letters as in nets.py; L tokens of a sequence, W their width. Everything starts as in OSRL and GPT-2: matrices and tables from
-N(0, 0.02), biases 0, gains 1, each replica from its own generator.
+Letters as in nets.py; L tokens of a sequence, W their width. Matrices start as those of `linear` do, tables from N(0, 0.02),
+gains at 1, each replica from its own generator.
 """
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def normal(gens: Generators, *shape: int) -> nn.Parameter:
 
 
 class Dense(Linear):
-    """x [R, B, n_in] -> [R, B, n_out] as Linear, from another start."""
+    """Linear that starts as in OSRL and GPT-2: weights from N(0, 0.02), biases 0. Slow to learn where it is narrow."""
 
     def __init__(self, gens: Generators, n_in: int, n_out: int):
         nn.Module.__init__(self)
@@ -62,12 +62,12 @@ class Block(nn.Module):
     before it never sees it.
     """
 
-    def __init__(self, gens: Generators, width: int, heads: int):
+    def __init__(self, gens: Generators, width: int, heads: int, linear: type[Linear] = Linear):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = LayerNorm(gens, width), LayerNorm(gens, width)
-        self.qkv, self.out = Dense(gens, width, 3 * width), Dense(gens, width, width)
-        self.mlp1, self.mlp2 = Dense(gens, width, 4 * width), Dense(gens, 4 * width, width)
+        self.qkv, self.out = linear(gens, width, 3 * width), linear(gens, width, width)
+        self.mlp1, self.mlp2 = linear(gens, width, 4 * width), linear(gens, 4 * width, width)
 
     def attention(self, x: Tensor, B: int, drop: Drop | None) -> Tensor:
         R, BL, W = x.shape
@@ -91,10 +91,10 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Tokens [R, B, L, W] -> what the blocks make of them, normed before and after, [R, B, L, W]."""
 
-    def __init__(self, gens: Generators, width: int, layers: int, heads: int):
+    def __init__(self, gens: Generators, width: int, layers: int, heads: int, linear: type[Linear] = Linear):
         super().__init__()
         self.norm_in, self.norm_out = LayerNorm(gens, width), LayerNorm(gens, width)
-        self.blocks = nn.ModuleList(Block(gens, width, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(gens, width, heads, linear) for _ in range(layers))
 
     def forward(self, x: Tensor, drop: Drop | None = None) -> Tensor:
         shape = x.shape

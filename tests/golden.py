@@ -17,6 +17,9 @@ CPQ_COST_LIMIT = -1.2                  # some actions look safe, some do not
 COPTIDICE = {"lr_actor": 1e-3, "lr_scalar": 2e-2, "alpha": 0.5, "kl_limit": 0.01, "divergence": "softchi"}   # and COptiDICE's
 COPTIDICE_COST_LIMIT = 1.0
 
+CDT = {"width": 8, "layers": 2, "attention_heads": 2, "context": 4, "lr": 3e-3, "warm_up": 2, "weight_decay": 0.05, "clip": 0.25,
+       "cost_weight": 0.2, "temperature": 0.5}                                                              # and those of CDT
+
 
 def weight(name: str, shape: tuple[int, ...]) -> Tensor:
     """A parameter of OSRL's model by name: waves of amplitude 1 / sqrt(fan_in); [out, in] or [out]."""
@@ -35,6 +38,17 @@ def batch(step: int, rows: int, n_obs: int, n_act: int) -> dict[str, Tensor]:
 def starts(step: int, rows: int) -> Tensor:
     """Which rows of `batch` start an episode, 1 or 0 [rows]."""
     return (torch.sin(step + 1.9 * torch.arange(rows, dtype=torch.float64)) > 0.6).float()
+
+
+def windows(step: int, windows: int, steps: int, n_obs: int, n_act: int) -> dict[str, Tensor]:
+    """Windows of `steps` steps, some of them padded with zeros: [windows, steps, ...]."""
+    rows = {k: v.view(windows, steps, *v.shape[1:]) for k, v in batch(step, windows * steps, n_obs, n_act).items()}
+    k, which = torch.arange(steps), torch.arange(windows)[:, None]
+    mask = (k < steps - which % 3).float()
+    to_go = {"ret": 3 + 2 * rows["reward"] - 0.1 * k, "cost_to_go": 40 * (1 + rows["obs"][..., 0])}
+    found = {"obs": rows["obs"], "action": rows["action"], **to_go, "cost": rows["cost"]}
+    padded = {name: v * mask.view(*mask.shape, *[1] * (v.dim() - 2)) for name, v in found.items()}
+    return {**padded, "t": 5 * which % 37 + k, "mask": mask}
 
 
 def measured(n_obs: int, n_act: int) -> dict[str, float | list[float]]:

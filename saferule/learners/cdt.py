@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from ..config import CDTConfig
 from ..data import Pool, Rows, Units
-from ..nets import Generators, generators
+from ..nets import Generators, Linear, generators
 from ..train import Extra, Learner
 from ..transformer import Dense, Drop, Table, Transformer, clip_norm
 from ..windows import Windows, WindowSampler, distinct, episodes, track
@@ -55,13 +55,14 @@ class Policy(nn.Module):
 
     def __init__(self, gens: Generators, n_obs: int, n_act: int, horizon: int, cfg: CDTConfig):
         super().__init__()
-        W = cfg.width
+        W, parity = cfg.width, cfg.mode == "parity"
+        linear = Dense if parity else Linear
         self.time = Table(gens, horizon + cfg.context, W)
-        self.embed = nn.ModuleList(Dense(gens, n, W) for n in (1, 1, n_obs, n_act))
-        self.trunk = Transformer(gens, W, cfg.layers, cfg.attention_heads)
-        self.action, self.cost = Dense(gens, W, 2 * n_act), Dense(gens, W, 2)
-        self.next_obs = Dense(gens, W, n_obs) if cfg.mode == "parity" else None
-        self.bounds = (-math.inf, math.inf) if cfg.mode == "parity" else (-5.0, 2.0)
+        self.embed = nn.ModuleList(linear(gens, n, W) for n in (1, 1, n_obs, n_act))
+        self.trunk = Transformer(gens, W, cfg.layers, cfg.attention_heads, linear)
+        self.action, self.cost = linear(gens, W, 2 * n_act), linear(gens, W, 2)
+        self.next_obs = linear(gens, W, n_obs) if parity else None
+        self.bounds = (-math.inf, math.inf) if parity else (-5.0, 2.0)
 
     def forward(self, ret: Tensor, cost: Tensor, obs: Tensor, action: Tensor, t: Tensor, drop: Drop | None = None) -> Prediction:
         """ret, cost, t [R, B, K]; obs [R, B, K, n_obs]; action [R, B, K, n_act]."""
