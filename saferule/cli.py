@@ -1,4 +1,4 @@
-"""The command line: `saferule reproduce | reference | notebook | check | verify | download`.
+"""The command line: `saferule reproduce | reference | notebook | check | verify | download | import | export`.
 
 Bad input ends with one line `saferule: ...` on stderr and exit code 2; Ctrl-C with one line and 130; a notebook that failed
 for another reason with one line and 1.
@@ -49,6 +49,22 @@ def parser() -> argparse.ArgumentParser:
 
     reference = commands.add_parser("reference", help="copy tables, figures, notebooks and manifests to results/reference")
     reference.add_argument("--profile", default="quick")
+
+    bring = commands.add_parser("import", help="take over a checkpoint of OSRL as a trained model")
+    bring.add_argument("source", type=Path, metavar="CHECKPOINT", help="the folder that OSRL wrote, or a model.pt in it")
+    bring.add_argument("--profile", default="quick", help="where 01_data and 02_poison (attack 'given') were run; default: quick")
+    bring.add_argument("--task", help="default: as in config.yaml")
+    bring.add_argument("--learner", help="what it is, to be sure; default: found from the weights")
+    bring.add_argument("--attack", default="given", help="given (default): the model is poisoned | none: it is clean")
+    bring.add_argument("--seed", type=int, help="the model's seed in later stages; default: as in config.yaml")
+    bring.add_argument("--best", action="store_true", help="model_best.pt instead of model.pt")
+    bring.set_defaults(command="bring")                    # 'import' cannot be a function's name
+
+    give = commands.add_parser("export", help="write a model trained in parity mode as a checkpoint for OSRL")
+    give.add_argument("source", type=Path, metavar="ARTEFACT", help="the folder of a 'train' or 'unlearn' artefact")
+    give.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    give.add_argument("--replica", type=int, help="which model, if there are several")
+    give.set_defaults(command="give")
 
     download = commands.add_parser("download", help="fetch a task's DSRL or D4RL file")
     download.add_argument("task")
@@ -122,6 +138,28 @@ def download(args: argparse.Namespace) -> int:
     from .hdf5 import download as fetch
     from .tasks import get_task
     print(fetch(get_task(args.task), args.to or results_dir() / "downloads"))
+    return 0
+
+
+def bring(args: argparse.Namespace) -> int:
+    from .config import PROFILES, one_of
+    from .files import run_dir
+    from .osrl import import_checkpoint
+    root = run_dir(one_of("profile", args.profile, PROFILES))
+    made = import_checkpoint(args.source, args.profile, root, args.task, args.learner, args.attack, args.seed, args.best)
+    for note in made.config["imported"]["notes"]:
+        print(f"  {note}")
+    print(f"train/{made.name} {made.short}: seed {made.replicas[0]['seed']}, cost limit {made.replicas[0]['cost_limit']:g}, "
+          f"{made.replicas[0]['method']}; next: 04_unlearn or 05_evaluate with profile={args.profile}, "
+          f"learner={made.config['learner']}, seeds={made.replicas[0]['seed']}")
+    return 0
+
+
+def give(args: argparse.Namespace) -> int:
+    from .osrl import export_checkpoint
+    from .sources import relative
+    source = args.source.parent if args.source.name == "manifest.json" else args.source
+    print(f"{relative(export_checkpoint(source, args.out, args.replica))}: config.yaml, checkpoint/model.pt")
     return 0
 
 

@@ -152,9 +152,13 @@ def sync(path: Path) -> None:
 
 # -------------------------------------------------------------------------------------------------------------- reading
 @contextmanager
-def regular(path: Path, remedy: str, limit: int = MAX_FILE) -> Iterator:
-    """Open a plain, not too large file that is no pickle, without following a link."""
-    refuse_pickle_name(path)
+def regular(path: Path, remedy: str, limit: int = MAX_FILE, archive: bool = False) -> Iterator:
+    """Open a plain, not too large file that is no pickle, without following a link.
+
+    archive: torch's files are let through, for torchfile.py, which reads them without unpickling.
+    """
+    if not archive:
+        refuse_pickle_name(path)
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)    # O_NONBLOCK: a FIFO must not hang us
     except FileNotFoundError:
@@ -162,14 +166,15 @@ def regular(path: Path, remedy: str, limit: int = MAX_FILE) -> Iterator:
     except OSError as e:
         why = "is a link, not a file" if e.errno == errno.ELOOP else f"cannot be read: {e.strerror}"
         raise UserError(f"{show(path)} {why}; {remedy}") from e
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):                  # before open(), which does not take a folder
+        os.close(fd)
+        raise UserError(f"{show(path)} is not a plain file; {remedy}")
     with open(fd, "rb") as f:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{show(path)} is not a plain file; {remedy}")
         if status.st_size > limit:
             raise UserError(f"{show(path)}: {status.st_size} bytes are beyond reason; {remedy}")
         head = f.read(16)
-        if is_pickle(head):
+        if is_pickle(head) and not archive:
             raise UserError(f"{show(path)} is a pickled file: refused, it could run code; {remedy}")
         f.seek(0)
         yield f
