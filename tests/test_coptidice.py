@@ -258,6 +258,25 @@ def test_batches_know_where_episodes_start():
     assert not torch.equal(batch.init_obs[0], batch.init_obs[1])       # each replica draws its own
 
 
+def test_behind_a_time_out_an_episode_starts_anew():
+    """Default: the next state of a time-out row is a start, that of all others its own, terminal or not. Parity: all their own."""
+    pool = make_pool(episodes=30, horizon=5)
+    pool.columns["terminal"][4::10] = True                             # every other episode ends by itself
+    units = Units(torch.zeros(1, 4), torch.ones(1, 4), torch.ones(1))
+    for mode in MODES:
+        learner = make_learner(pool, [pool.rows("clean")], learner="coptidice", mode=mode)
+        sampler = StartSampler(pool, [pool.rows("clean")], 200, units, restart=not learner.parity)
+        assert learner.sampler(pool, [pool.rows("clean")]).restart == sampler.restart
+        batch = sampler.sample(torch.Generator().manual_seed(0))
+        row = (batch.obs[0][:, None] == pool.obs).all(-1).float().argmax(-1)
+        own = (batch.next_obs[0] == pool.next_obs[row]).all(-1)
+        anew = (batch.next_obs[0] == batch.init_obs[0]).all(-1)
+        out_of_time = pool.timeout[row] & ~pool.terminal[row]
+        assert 5 < int(out_of_time.sum()) < 60 and bool(pool.terminal[row].any())
+        assert torch.equal(anew, out_of_time & (mode == "default"))
+        assert torch.equal(own, ~anew)
+
+
 def test_rows_without_a_start_are_starts_themselves():
     pool = make_pool()
     ids = (pool.t > 3).nonzero()[:, 0]

@@ -8,9 +8,13 @@ Parity      mode='parity' follows OSRL (revision 03a4586): the cost of a step, a
 Deviations  (mode='default'; each is ours unless noted)
             1. the threshold is a cost per step, `rate_limit`, as in the paper
             2. the likelihood is that of the squashed action, which is the one acted
-            3. terminal rows end an episode, time-outs do not
+            3. terminal rows end an episode; behind a time-out a new one starts (OSRL: both end it). The state behind it is
+               nowhere in the data, so nothing keeps its nu from falling without bound: on BallRun the policy then stays
+               where it started (return 32 to 101)
             4. initial states come in a batch of their own (the paper's code)
-            5. standardised observations, rewards divided by their 98% quantile
+            5. a wide `kl_limit`: the cost bound is met by mixing safe rows with unsafe ones, and the mean action of the
+               mixture, the one acted, is unsafe; a pessimistic estimate of the cost leaves few unsafe rows to be mixed in
+            6. standardised observations, rewards divided by their 98% quantile
 Shapes      R replicas, B batch, E heads; every batch field is [R, B, ...]
 """
 from __future__ import annotations
@@ -49,27 +53,31 @@ class Scalar(nn.Module):
         return F.softplus(self.raw)
 
 
+def starts_of(pool: Pool, rows: Rows) -> Rows:
+    """Those of some rows that start an episode; rows without any (a forget set, say) count as starts themselves."""
+    at = pool.t[rows.ids] == 0
+    return Rows(rows.ids[at], rows.weight[at]) if at.any() else rows
+
+
 class StartSampler(Sampler):
     """Minibatches that also know where episodes start: `first` [R, B] marks t = 0; `init_obs` [R, B, n_obs] are states at t = 0.
 
-    Rows without any t = 0 among them (a forget set, say) count as starts themselves.
+    restart: what comes behind a time-out is a state at t = 0.
     """
 
-    def __init__(self, pool: Pool, rows: Sequence[Rows], batch: int, units: Units, *more: object):
-        super().__init__(pool, rows, batch, units, *more)
-        self.first = (pool.t == 0).float()
-        distinct = {id(r.ids): r for r in rows}
-        starts = {key: pool.t[r.ids] == 0 for key, r in distinct.items()}
-        starts = {key: r._replace(ids=r.ids[at], weight=r.weight[at], context=None) if (at := starts[key]).any() else r
-                  for key, r in distinct.items()}
+    def __init__(self, pool: Pool, rows: Sequence[Rows], batch: int, units: Units, done: str = "terminal", restart: bool = True):
+        super().__init__(pool, rows, batch, units, done)
+        self.restart, self.first, self.timeout = restart, (pool.t == 0).float(), pool.timeout & ~pool.terminal
+        starts = {key: starts_of(pool, r) for key, r in {id(r.ids): r for r in rows}.items()}          # shared as before
         self.starts = Sampler(pool, [starts[id(r.ids)] for r in rows], batch, units)
         self.starts.packed = self.packed               # one copy of the pool serves both
 
-    def _batch(self, position: Tensor) -> Batch:
-        return super()._batch(position)._replace(first=self.first[self.ids.flatten()[position]])
-
     def sample(self, generator: torch.Generator) -> Batch:
-        return super().sample(generator)._replace(init_obs=self.starts.sample(generator).obs)
+        position = self._draw(generator)
+        batch, start, ids = self._batch(position), self.starts.sample(generator).obs, self.ids.flatten()[position]
+        if self.restart:
+            batch = batch._replace(next_obs=torch.where(self.timeout[ids][..., None], start, batch.next_obs))
+        return batch._replace(first=self.first[ids], init_obs=start)
 
 
 class Terms(NamedTuple):
@@ -118,9 +126,8 @@ class COptiDICE(Learner):
             self.obs_spread[r] = obs / self.obs_std[r]
             self.action_spread[r] = action
 
-    def sampler(self, pool: Pool, rows: Sequence[Rows], n_step: int = 1) -> StartSampler:
-        done = "any_end" if self.parity else "terminal"
-        return StartSampler(pool, rows, self.cfg.batch, self.units, done, n_step, self.cfg.gamma)
+    def sampler(self, pool: Pool, rows: Sequence[Rows], n_step: int = 1) -> StartSampler:      # no critics, no n-step targets
+        return StartSampler(pool, rows, self.cfg.batch, self.units, "any_end" if self.parity else "terminal", not self.parity)
 
     # ------------------------------------------------------------------------------------------------ the policy
     @torch.no_grad()
@@ -139,8 +146,8 @@ class COptiDICE(Learner):
     def rate_limit(self) -> Tensor:
         """What the cost per step is held against, [R, 1].
 
-        The cost estimate is the mean of c under the policy's discounted state distribution, whose mass is 1 where nothing but
-        a terminal row ends it: a cost per step. `qc_limit` is the discounted sum of l / T over T steps, hence
+        The cost estimate is the mean of c under the policy's discounted state distribution, whose mass is 1 as long as only
+        terminal rows end it: a cost per step. `qc_limit` is the discounted sum of l / T over T steps, hence
         l / T = qc_limit (1 - gamma) / (1 - gamma^T).
         """
         g = self.cfg.gamma
