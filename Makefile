@@ -1,4 +1,4 @@
-# make reproduce [PROFILE=smoke|quick|standard|paper] [DEVICE=auto|cpu|cuda] [SEEDS=0,1,2] [TASKS=BallCircle,CarCircle]
+# make reproduce [PROFILE=smoke|quick|standard|learners|paper] [DEVICE=auto|cpu|cuda] [SEEDS=0,1,2] [TASKS=BallCircle,CarCircle]
 # make test | test-slow | lab | reference | notebooks | bench | setup | clean
 # Further settings: CORES=2, FLAGS=--dry-run (handed to snakemake), PYTHON=python3.11,
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu (another wheel index, for PyTorch alone).

@@ -207,7 +207,7 @@ def limit_figure(lines: pd.DataFrame, title: str = "") -> Figure:
     """
     tasks, limits = list(dict.fromkeys(lines.task)), sorted(set(lines.cost_limit))
     with mpl.rc_context(STYLE):
-        fig, axes = plt.subplots(2, len(tasks), figsize=(0.8 + 3.7 * len(tasks), 6.2), sharex=True, squeeze=False)
+        fig, axes = plt.subplots(2, len(tasks), figsize=(max(6.6, 0.8 + 3.7 * len(tasks)), 6.2), sharex=True, squeeze=False)
         for column, task in enumerate(tasks):
             for ax, value in zip(axes[:, column], ("cost", "return")):
                 for learner, own in lines[lines.task == task].groupby("learner", sort=False):
