@@ -1,4 +1,4 @@
-"""Does our parity mode learn what OSRL learns, and how fast? `python benchmarks/against_osrl.py --osrl PATH [--seeds 3] [--speed]`.
+"""Does our parity mode learn what OSRL learns? `python benchmarks/against_osrl.py --osrl PATH [--seeds 3 | --speed]`.
 
 Trains OSRL's BCQ-Lag, BEAR-Lag and CPQ and ours (mode='parity') on the same HDF5 file with the SETTINGS below, evaluates the final
 policies by the same rollouts from the same starts, and writes return and cost per seed, their difference and its intervals.
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.metadata
 import json
 import os
 import random
@@ -100,12 +99,15 @@ def osrl_trainer(path: Path, learner: str, task: Task, settings: Mapping[str, An
     return getattr(module, name + "Trainer")(model, env=None, **for_trainer)
 
 
-def osrl_batches(path: Path, file: Path, settings: Mapping[str, Any]) -> Iterator[list[Tensor]]:
-    """OSRL's own loading, in this process (its examples use 8 more processes)."""
+def osrl_dataset(path: Path, file: Path, settings: Mapping[str, Any]) -> Any:
     with h5py.File(file) as f:
         columns = {name: f[name][()] for name in f}
-    dataset = load_osrl(path, "common.dataset").TransitionDataset(columns, reward_scale=settings["reward_scale"])
-    return iter(DataLoader(dataset, batch_size=settings["batch"]))
+    return load_osrl(path, "common.dataset").TransitionDataset(columns, reward_scale=settings["reward_scale"])
+
+
+def osrl_batches(path: Path, file: Path, settings: Mapping[str, Any]) -> Iterator[list[Tensor]]:
+    """OSRL's own loading, in this process (its examples use 8 more processes)."""
+    return iter(DataLoader(osrl_dataset(path, file, settings), batch_size=settings["batch"]))
 
 
 class OSRLPolicy:
@@ -123,11 +125,15 @@ class OSRLPolicy:
         return torch.from_numpy(np.stack(actions))[None]
 
 
-def train_osrl(path: Path, learner: str, task: Task, file: Path, seed: int) -> OSRLPolicy:
-    settings = SETTINGS[learner]
+def seed_all(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     torch.manual_seed(seed)
+
+
+def train_osrl(path: Path, learner: str, task: Task, file: Path, seed: int) -> OSRLPolicy:
+    settings = SETTINGS[learner]
+    seed_all(seed)
     trainer, batches = osrl_trainer(path, learner, task, settings), osrl_batches(path, file, settings)
     for _ in range(settings["steps"]):
         trainer.train_one_step(*next(batches))
@@ -269,9 +275,9 @@ CARE = (
     "Read it with care. Of {n} differences {outside} have an interval without 0 by Welch's t and {outside_boot} by the bootstrap; "
     "{expected:.1f} are expected if nothing differs. With so few seeds Welch's intervals are wide: differences smaller than their "
     "half width go unseen. Bootstrap intervals are too narrow, as they resample only {seeds} values a side, so the verdict is "
-    "Welch's. 'No difference seen' does not mean that there is none; that single updates agree is tested to 1e-5 "
-    "(tests/test_golden.py). Initial weights come from the same distribution, not from the same draw, so seed k of one side has "
-    "nothing to do with seed k of the other.")
+    "Welch's. 'No difference seen' does not mean that there is none: that the updates are the same is shown by lockstep.md, with "
+    "equal weights, batches and noise. Here initial weights come from the same distribution, not from the same draw, so seed k of "
+    "one side has nothing to do with seed k of the other.")
 
 
 def markdown(compared: pd.DataFrame, runs: pd.DataFrame, revision: str) -> str:
@@ -361,41 +367,53 @@ def note(out: Path, part: str, content: Mapping[str, Any]) -> None:
     write(file, json.dumps(plain({**manifest, part: content}), indent=1) + "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def options(doc: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--osrl", type=Path, required=True, help="a checkout of OSRL")
     parser.add_argument("--revision", default="", help="its revision, where the checkout has no .git")
-    parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--tasks", nargs="*", default=list(EPISODES), choices=list(EPISODES))
     parser.add_argument("--learners", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument("--speed", action="store_true", help="measure speed instead")
     parser.add_argument("--out", type=Path, default=results_dir() / "reference" / "parity")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The options, and what a manifest says of every pass."""
     args = parser.parse_args()
-    prepare_process()
-    folder, revision = run_dir("parity"), args.revision or git(args.osrl, "rev-parse", "HEAD")
-    made_by = {"osrl_revision": revision, "commit": git(REPO, "describe", "--always", "--dirty"), "torch": torch.__version__,
-               "numpy": importlib.metadata.version("numpy"), "python": sys.version.split()[0], "settings": SETTINGS,
-               "parity": PARITY, "written_in_osrl": WRITTEN_IN}
-    if not revision:
+    args.revision = args.revision or git(args.osrl, "rev-parse", "HEAD")
+    if not args.revision:
         parser.error(f"{args.osrl} has no .git; name its revision with --revision")
+    return args, {
+        "osrl_revision": args.revision, "commit": git(REPO, "describe", "--always", "--dirty"), "torch": torch.__version__,
+        "numpy": np.__version__, "python": sys.version.split()[0], "data_seed": DATA_SEED, "data_episodes": EPISODES,
+        "settings": SETTINGS, "parity": PARITY, "written_in_osrl": WRITTEN_IN}
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--speed", action="store_true", help="measure speed instead")
+    args, facts = parsed(parser)
     if args.seeds < 2:
         parser.error("an interval needs at least 2 seeds")
+    prepare_process()
+    folder = run_dir("parity")
     if args.speed:
         before = os.getloadavg()[0]
         measured = speed(args.osrl, args.learners, folder)
         load = before, os.getloadavg()[0]
         write(args.out / "speed.csv", measured.to_csv(index=False, float_format="%.6g"))
         write(args.out / "speed.md", speed_markdown(measured, load))
-        note(args.out, "speed", {**made_by, "load_average": load, "cores": len(os.sched_getaffinity(0)), "rounds": ROUNDS,
+        note(args.out, "speed", {**facts, "load_average": load, "cores": len(os.sched_getaffinity(0)), "rounds": ROUNDS,
                                  "steps_per_turn": TURN})
         return
-    records = run(args.osrl, revision, args.tasks, args.learners, range(args.seeds), folder)
+    records = run(args.osrl, args.revision, args.tasks, args.learners, range(args.seeds), folder)
     runs = tidy(records)
-    text = markdown(comparison(runs), runs, revision)
+    text = markdown(comparison(runs), runs, args.revision)
     write(args.out / "against_osrl.csv", runs.to_csv(index=False, float_format="%.6g"))
     write(args.out / "against_osrl.md", text)
-    note(args.out, "runs", {**made_by, "seeds": args.seeds, "evaluation": EVALUATION, "data_seed": DATA_SEED,
-                            "data_episodes": EPISODES, "data_sha256": {r["task"]: r["identity"]["data_sha256"] for r in records},
+    note(args.out, "runs", {**facts, "seeds": args.seeds, "evaluation": EVALUATION,
+                            "data_sha256": {r["task"]: r["identity"]["data_sha256"] for r in records},
                             "code_sha256": {r["learner"]: r["identity"]["code"] for r in records if r["implementation"] == "ours"}})
     print(text)
 

@@ -1,4 +1,4 @@
-"""The pure parts of benchmarks/against_osrl.py; with a checkout of OSRL named by $OSRL also its wrapper around OSRL's models."""
+"""The pure parts of benchmarks/against_osrl.py and lockstep_osrl.py; all of them with a checkout of OSRL named by $OSRL."""
 import json
 import os
 import sys
@@ -11,9 +11,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import against_osrl as against  # noqa: E402
+import lockstep_osrl  # noqa: E402
 
 from saferule.config import CONFIGS, with_overrides  # noqa: E402
+from saferule.hdf5 import write_hdf5  # noqa: E402
 from saferule.tasks import get_task  # noqa: E402
+
+needs_osrl = pytest.mark.skipif("OSRL" not in os.environ, reason="needs a checkout of OSRL, named by $OSRL")
 
 
 def record(side, seed, ret, cost):
@@ -72,7 +76,7 @@ def test_the_wrapped_policy_acts_as_the_model_does():
     assert many.shape == (1, 4, 2) and not torch.equal(many, other)
 
 
-@pytest.mark.skipif("OSRL" not in os.environ, reason="needs a checkout of OSRL, named by $OSRL")
+@needs_osrl
 @pytest.mark.parametrize("learner", against.SETTINGS)
 def test_the_wrapped_policy_acts_as_osrls_model_does(learner):
     task = get_task("BallCircle")
@@ -122,6 +126,44 @@ def test_a_gap_is_called_a_gap():
     text = against.markdown(apart, against.tidy([record("osrl", k, 1.0, 0.0) for k in range(3)]), "03a4586463")
     assert "| BallCircle | cpq | differs in return |" in text and "(101.0/102.0/103.0) | +100.0 |" in text
     assert "Of 2 differences 1 have" in text and "| no |" in text and "OSRL revision 03a4586;" in text
+
+
+# ------------------------------------------------------------------------------------------------------------ lockstep
+def test_noise_is_the_same_call_by_call_and_skips_what_is_not_used():
+    one, two = lockstep_osrl.Noise(3), lockstep_osrl.Noise(3, used=(True, False))
+    first = one(2, 3)
+    assert torch.equal(two((2, 3)), first) and not two(4).any() and torch.equal(two(5), one(5))
+    assert not torch.equal(first, one(2, 3))
+    with lockstep_osrl.drawing(lockstep_osrl.Noise(3)):
+        assert torch.equal(torch.randn((2, 3)), first)
+    with lockstep_osrl.drawing(lockstep_osrl.Noise(3)):
+        assert torch.equal(torch.distributions.Normal(torch.ones(2, 3), 2 * torch.ones(2, 3)).rsample(), 1 + 2 * first)
+    assert torch.get_default_dtype() == torch.float32
+    with lockstep_osrl.in_float64():
+        assert lockstep_osrl.Noise(3)(1).dtype == torch.float64
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_how_far_scalars_are_apart():
+    names = {"critic": "critic_loss", "lam": "lagrangian"}
+    gap = lambda critic, lam: lockstep_osrl.apart({"critic": torch.tensor([critic]), "lam": torch.tensor([lam])},
+                                                  {"loss/critic_loss": 4.0, "loss/lagrangian": 0.5}, names)
+    assert gap(4.0, 0.5) == 0 and gap(6.0, 0.5) == 0.5 and gap(4.0, 0.25) == 0.25 and np.isnan(gap(float("nan"), 0.5))
+
+
+@needs_osrl
+@pytest.mark.parametrize("learner", against.SETTINGS)
+def test_a_run_in_lockstep(learner, tmp_path):
+    rng, task, n = np.random.default_rng(0), get_task("BallCircle"), 400
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    end = np.arange(n) % 20 == 19
+    file = write_hdf5(tmp_path / "d.hdf5", {"obs": draw(n, task.n_obs), "next_obs": draw(n, task.n_obs), "reward": draw(n),
+                                            "action": rng.uniform(-1, 1, (n, task.n_act)), "cost": rng.integers(0, 2, n),
+                                            "terminal": end & (rng.random(n) < 0.5), "timeout": end})
+    found = lockstep_osrl.lockstep(Path(os.environ["OSRL"]), learner, task, file, steps=3)
+    assert max(found["scalars"].values()) < 1e-12 and found["weights"] < 1e-12 and found["actions"] < 1e-6 and found["rows"] == 1
+    assert list(found["scalars"]) == ["1", "3"]
+    assert f"| BallCircle | {learner} |" in lockstep_osrl.markdown([found], "03a4586463")
 
 
 # --------------------------------------------------------------------------------------------------------------- speed
