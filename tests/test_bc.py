@@ -15,6 +15,7 @@ from saferule.data import Batch, Pool, Rows, Sampler, Units, measure_units
 from saferule.errors import UserError
 from saferule.learners import BC, LEARNERS, built, stack
 from saferule.learners.bc import near_frontier, select
+from saferule.osrl.layout import views
 from saferule.tasks import get_task
 from saferule.unlearning import unlearn
 
@@ -266,16 +267,14 @@ def test_three_updates_agree_with_osrl():
     cfg = BCConfig(mode="parity", select="all", hidden=tuple(z["hidden"]), lr=z["lr"], standardise=False)
     units = Units(torch.zeros(1, z["n_obs"]), torch.ones(1, z["n_obs"]), torch.ones(1))
     learner = BC(cfg, units, torch.tensor([z["cost_limit"]]), [0], n_act=z["n_act"]).ready()
-    theirs = lambda: {f"actor.pi.{2 * i}.{kind}": getattr(layer, kind)[0].T if kind == "weight" else getattr(layer, kind)[0, 0]
-                      for i, layer in enumerate(learner.actor.layers) for kind in ("weight", "bias")}
     with torch.no_grad():
-        for name, value in theirs().items():
+        for name, value in views(learner).items():
             value.copy_(golden.weight(name, tuple(value.shape)))
     for t, recorded in enumerate(RECORDED["steps"]):
         batch = golden.batch(t, z["batch"], z["n_obs"], z["n_act"])
         out = learner.update(Batch(**{k: v[None] for k, v in batch.items()}), t)
         assert out["actor"].item() == pytest.approx(recorded["actor"], abs=1e-5, rel=1e-5)
-        ours = golden.checksums(theirs())
+        ours = golden.checksums(views(learner))
         assert set(ours) == set(recorded["parameters"])
         for name, sums in recorded["parameters"].items():
             assert ours[name] == pytest.approx(sums, abs=1e-5, rel=1e-5), (t, name)

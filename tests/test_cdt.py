@@ -16,6 +16,7 @@ from saferule.data import Pool, Rows, Units, measure_units
 from saferule.errors import UserError
 from saferule.learners import CDT, built, stack
 from saferule.nets import generators
+from saferule.osrl.layout import views
 from saferule.tasks import get_task
 from saferule.train import Resume, fit
 from saferule.transformer import Block, Dense, Table, clip_norm
@@ -440,43 +441,13 @@ def test_fine_tuning_works_and_methods_that_need_critics_are_refused():
 
 
 # --------------------------------------------------------------------------------------------------- numbers from OSRL
-def theirs(learner) -> dict[str, torch.Tensor]:
-    """Replica 0's parameters by OSRL's names, in its layout: weights [out, in]."""
-    policy, found = learner.policy, {}
-
-    def linear(name, layer, part=slice(None), joint="."):
-        found[f"{name}{joint}weight"] = layer.weight.detach()[0, :, part].T
-        found[f"{name}{joint}bias"] = layer.bias.detach()[0, 0, part]
-
-    def norm(name, layer):
-        found[f"{name}.weight"], found[f"{name}.bias"] = layer.weight.detach()[0, 0], layer.bias.detach()[0, 0]
-
-    found["timestep_emb.weight"] = policy.time.weight.detach()[0]
-    for name, layer in zip(("return", "cost", "state", "action"), policy.embed):
-        linear(f"{name}_emb", layer)
-    norm("emb_norm", policy.trunk.norm_in)
-    norm("out_norm", policy.trunk.norm_out)
-    for i, block in enumerate(policy.trunk.blocks):
-        norm(f"blocks.{i}.norm1", block.norm1)
-        norm(f"blocks.{i}.norm2", block.norm2)
-        linear(f"blocks.{i}.attention.in_proj", block.qkv, joint="_")
-        linear(f"blocks.{i}.attention.out_proj", block.out)
-        linear(f"blocks.{i}.mlp.0", block.mlp1)
-        linear(f"blocks.{i}.mlp.2", block.mlp2)
-    linear("action_head.mu", policy.action, slice(0, learner.n_act))
-    linear("action_head.log_std", policy.action, slice(learner.n_act, None))
-    linear("cost_pred_head", policy.cost)
-    linear("state_pred_head", policy.next_obs)
-    return found
-
-
 def recorded_learner(mode="parity") -> CDT:
     z = RECORDED["sizes"]
     units = Units(torch.zeros(1, z["n_obs"]), torch.ones(1, z["n_obs"]), torch.ones(1))
     cfg = CDTConfig(mode="parity", standardise=False, dropout=0.0, **RECORDED["settings"])
     learner = CDT(cfg, units, torch.tensor([20.0]), [0], z["n_act"], z["horizon"]).ready()
     with torch.no_grad():
-        for name, value in theirs(learner).items():
+        for name, value in views(learner).items():
             value.copy_(golden.weight(name, tuple(value.shape)))
     learner.parity = mode == "parity"
     return learner
@@ -490,8 +461,8 @@ def numbered(t) -> Windows:
 
 def test_every_parameter_of_ours_is_one_of_theirs():
     learner = recorded_learner()
-    assert set(theirs(learner)) == set(RECORDED["steps"][0]["parameters"])
-    assert sum(v.numel() for v in theirs(learner).values()) == sum(p.numel() for p in learner.policy.parameters())
+    assert set(views(learner)) == set(RECORDED["steps"][0]["parameters"])
+    assert sum(v.numel() for v in views(learner).values()) == sum(p.numel() for p in learner.policy.parameters())
 
 
 def test_three_updates_agree_with_osrl():
@@ -501,7 +472,7 @@ def test_three_updates_agree_with_osrl():
         out = learner.update(numbered(t), t)
         for name in set(recorded) - {"parameters"}:
             assert out[name].item() == pytest.approx(recorded[name], abs=1e-5, rel=1e-5), (t, name)
-        ours = golden.checksums(theirs(learner))
+        ours = golden.checksums(views(learner))
         for name, sums in recorded["parameters"].items():
             assert ours[name] == pytest.approx(sums, abs=1e-5, rel=1e-5), (t, name)
 

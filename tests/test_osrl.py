@@ -22,7 +22,7 @@ from saferule.learners import restore, restored_snapshots
 from saferule.osrl import export_checkpoint, import_checkpoint
 from saferule.osrl.exchange import learner_from, read_checkpoint, state_for
 from saferule.osrl.layout import views
-from saferule.osrl.settings import AS_LOGGED, UNUSED, task_of, to_ours
+from saferule.osrl.settings import AS_LOGGED, AUGMENTED, UNUSED, task_of, to_ours
 from saferule.stages.data import make_data
 from saferule.stages.evaluate import evaluate
 from saferule.stages.poison import make_poison
@@ -30,7 +30,7 @@ from saferule.stages.unlearn import unlearn
 from saferule.tasks import get_task
 
 DATA = Path(__file__).parent / "data"
-NAMES = ("bc_all", "bc_multitask", "bcq_lag", "bear_lag", "cpq")
+NAMES = ("bc_all", "bc_multitask", "bcq_lag", "bear_lag", "cpq", "cdt")
 RECORDED = {name: json.loads((DATA / f"osrl_layout_{name}.json").read_text()) for name in NAMES}
 TASK = get_task("BallCircle")
 ABSENT = object()
@@ -155,7 +155,7 @@ def log(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name, method", [("bcq_lag", "saferule"), ("bear_lag", "saferule"), ("cpq", "saferule"),
-                                          ("bc_all", "finetune")])
+                                          ("bc_all", "finetune"), ("cdt", "finetune")])
 def test_a_checkpoint_a_log_and_a_forget_set_become_a_repaired_checkpoint(name, method, log, tmp_path):
     source = checkpoint(tmp_path / "in", name, settings={"seed": 3, "batch_size": 16, "sample_action_num": 2})
     made = import_checkpoint(source, "smoke", log)
@@ -170,9 +170,10 @@ def test_a_checkpoint_a_log_and_a_forget_set_become_a_repaired_checkpoint(name, 
     assert any(not torch.equal(v, views(start)[k]) for k, v in views(snapshots[8]).items())         # ... and learns
     if name in ("bcq_lag", "bear_lag"):
         assert snapshots[0].lam.item() == 0 and snapshots[8].pid_error.item() != 0
-    done = evaluate(TASK, name, (method,), "smoke", log, {"episodes": 1, "curve_episodes": 0}, progress=False)
-    assert set(done.table("episodes.csv").method) == {"poisoned", method}
-    assert np.isfinite(done.table("episodes.csv").ret).all()
+    if name in ("bcq_lag", "cdt"):                                             # without and with memory of the episode
+        done = evaluate(TASK, name, (method,), "smoke", log, {"episodes": 1, "curve_episodes": 0}, progress=False)
+        assert set(done.table("episodes.csv").method) == {"poisoned", method}
+        assert np.isfinite(done.table("episodes.csv").ret).all()
     again = loaded(export_checkpoint(repaired.path, tmp_path / "out"))         # and back to OSRL
     assert all(torch.equal(v, views(snapshots[8])[k]) for k, v in views(again).items())
 
@@ -201,6 +202,24 @@ def test_the_command_line(log, tmp_path, monkeypatch, capsys):
         error = capsys.readouterr().err
         assert says in error and error.count("\n") == 1, error
     assert not (tmp_path / "new").exists()
+
+
+def test_cdt_asks_for_the_return_of_the_dearest_target_within_the_limit(tmp_path):
+    source = checkpoint(tmp_path / "in", "cdt", settings={"target_returns": [[500, 40], [300.0, 10], [400, 20]], "clip_grad": None})
+    made = import_checkpoint(source, "quick", tmp_path / "root", attack="none")
+    model = restore(made, TASK)
+    asked = model.best_return[0]
+    assert [asked[limit].item() for limit in (0, 9, 10, 19, 20, 39, 40, 200)] == [300, 300, 300, 300, 400, 400, 500, 500]
+    at = lambda limit: model.at_limit([limit]).begin(1)
+    assert at(20).ret.item() == pytest.approx(40.0) and at(20).cost.item() == 20                # rewards times 0.1
+    assert made.config["clip"] == 1e9 and made.config["dropout"] == 0.1 and made.config["cheap"] == 70
+    own = save("train", made.name, {"state.safetensors": made.tensors("state.safetensors")},
+               {k: v for k, v in made.config.items() if k != "imported"}, {}, made.replicas, root=tmp_path / "own", seconds=1.0)
+    again = read_checkpoint(export_checkpoint(own.path, tmp_path / "out")).settings.content    # as if trained here
+    assert again["target_returns"] == [[300.0, 10.0], [400.0, 20.0], [500.0, 40.0]]
+    theirs = read_checkpoint(source).settings.content
+    assert {k: v for k, v in again.items() if theirs[k] != v and k not in ("target_returns", "threads")} == {}
+    assert set(theirs) - set(again) <= UNUSED | set(AS_LOGGED) | AUGMENTED
 
 
 def test_a_training_run_of_ours_is_not_replaced(tmp_path):
@@ -243,7 +262,7 @@ def refused(folder, match, **how):
     ("bcq_lag", {"tau": float("nan")}, "tau = nan is beyond reason"),
     ("bcq_lag", {"tau": float("inf")}, "tau = inf is beyond reason"),
     ("bcq_lag", {"batch_size": 10**12}, "batch_size = 1000000000000 is beyond reason"),
-    ("bcq_lag", {"batch_size": 0}, "batch_size and update_steps above 0"),
+    ("bcq_lag", {"batch_size": 0}, "these above 0: .*batch_size"),
     ("bcq_lag", {"sample_action_num": 2.5}, "sample_action_num = 2.5 is no whole number"),
     ("bcq_lag", {"PID": [1, 2]}, "PID must be a list of 3 numbers"),
     ("bcq_lag", {"PID": [1, 2, "x"]}, "PID = 'x' is no number"),
@@ -253,6 +272,15 @@ def refused(folder, match, **how):
     ("bcq_lag", {"a_hidden_sizes": [32, 32]}, r"a_hidden_sizes = \[32, 32\], but the weights have \[16, 12\]"),
     ("bcq_lag", {"num_q": 1}, "num_q = 1, but the weights have 2"),
     ("cpq", {"vae_hidden_sizes": 400}, "vae_hidden_sizes = 400, but the weights have 14"),
+    ("cdt", {"cost_prefix": True}, "cost_prefix = True, but here it is always False"),
+    ("cdt", {"cost_reverse": True}, "cost_reverse = True, but here it is always False"),
+    ("cdt", {"stochastic": False}, "stochastic = False, but here it is always True"),
+    ("cdt", {"use_rew": False}, "use_rew = False, but"), ("cdt", {"action_head_layers": 2}, "action_head_layers = 2, but here"),
+    ("cdt", {"num_heads": 5}, "num_heads = 5 does not divide embedding_dim = 12"), ("cdt", {"num_heads": 0}, "above 0: .*num_head"),
+    ("cdt", {"seq_len": 10}, "seq_len = 10, but the weights have 4"), ("cdt", {"num_layers": 3}, "num_layers = 3, but the weights"),
+    ("cdt", {"episode_len": 300}, "episode_len is 300, but an episode of BallCircle has 200"),
+    ("cdt", {"task": "OfflineCarCircle-v0", "episode_len": 300}, "episode_len = 300, but the weights have 200"),
+    ("cdt", {"target_returns": []}, "target_returns must list pairs"), ("cdt", {"target_returns": [[1.0]]}, "a list of 2 numbers"),
 ])
 def test_settings_that_do_not_fit_are_named(name, settings, match, tmp_path):
     refused(checkpoint(tmp_path, name, settings=settings), match)
@@ -285,6 +313,11 @@ Z = torch.zeros
     ("bc_all", {"nu_network.q_nets.0.0.weight": Z(1)}, "is a checkpoint of COptiDICE, which is not imported"),
     ("bc_all", {"actor.pi.0.weight": ABSENT}, "holds the weights of no learner known here"),
     ("bc_all", {"critic.0.weight": Z(1)}, "holds the weights of no learner known here"),
+    ("cdt", {"prefix_emb.weight": Z(12, 1)}, "holds 'prefix_emb.weight' .* which a CDT with 2 blocks of width 12 has not"),
+    ("cdt", {"blocks.1.causal_mask": Z(16, 16).bool()}, "'blocks.1.causal_mask' is not the mask of a causal transformer"),
+    ("cdt", {"blocks.1.causal_mask": Z(16, 16)}, r"is \[16, 16\] torch.float32, but .* has \[16, 16\] torch.bool"),
+    ("cdt", {"blocks.0.causal_mask": ABSENT}, "lacks 'blocks.0.causal_mask'|has .204, 12."),
+    ("cdt", {"state_emb.weight": Z(())}, "'state_emb.weight'|holds|is "), ("cdt", {"blocks.x.norm1.weight": Z(12)}, "lacks|holds"),
     ("bear_lag", {"actor.mu_layer.weight": ABSENT}, "lacks 'actor.mu_layer.weight'|lacks layers|inputs and"),
 ])
 def test_weights_that_do_not_fit_are_named(name, changes, match, tmp_path):

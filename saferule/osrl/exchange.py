@@ -21,7 +21,7 @@ from ..tasks import Task, get_task
 from ..torchfile import read_torch
 from ..train import Learner
 from .layout import KIND, TITLES, Sizes, check_layout, kind_among, places, sizes_among, view, views
-from .settings import MAX_STEPS, Settings, notices, task_of, to_ours, to_theirs
+from .settings import MAX_STEPS, Settings, check_architecture, notices, targets, task_of, to_ours, to_theirs
 
 
 class Checkpoint(NamedTuple):
@@ -43,10 +43,11 @@ def read_checkpoint(path: str | Path, best: bool = False) -> Checkpoint:
     """
     model, config = _files(Path(path).expanduser(), best)
     where, (tensors, others, digest) = show(model), read_torch(model, "model_state")
-    kind = kind_among(tensors, where)
+    kind, settings = kind_among(tensors, where), Settings.read(config)
+    check_architecture(settings, kind)
     sizes = sizes_among(kind, tensors, where)
     check_layout(kind, sizes, tensors, where)
-    return Checkpoint(tensors, Settings.read(config), kind, sizes, where, digest, others)
+    return Checkpoint(tensors, settings, kind, sizes, where, digest, others)
 
 
 def _files(path: Path, best: bool) -> tuple[Path, Path]:
@@ -70,6 +71,8 @@ def learner_from(found: Checkpoint, task: Task, config: Mapping[str, Any]) -> Le
     learner = LEARNERS[name](cfg, units, torch.tensor([limit]), config["seeds"], task.n_act, task.horizon).ready()
     for key, own in views(learner).items():
         own.copy_(found.tensors[key])
+    if found.kind == "cdt":
+        learner.best_return.copy_(torch.tensor([targets(found.settings, task.horizon)]))
     return learner
 
 
@@ -144,11 +147,14 @@ def export_checkpoint(path: str | Path, out: str | Path, replica: int | None = N
         raise UserError(f"{show(out)}: is there already; name a new folder.")
     config, line = trained.config, lines[replica]
     task, seeds = get_task(config["task"]), [x.get("init_seed", x["seed"]) for x in lines]
-    state = state_for(built(artifact.tensors("state.safetensors"), config, task, seeds), replica)
+    learner = built(artifact.tensors("state.safetensors"), config, task, seeds)
+    state, kind = state_for(learner, replica), KIND[config["learner"]]
+    settings = to_theirs(configuration(config), kind, task, line["cost_limit"], line["seed"])
+    if kind == "cdt":
+        settings["target_returns"] = [[float(learner.cfg.ask * learner.best_return[replica, int(limit)]), learner.cfg.spend * limit]
+                                      for limit in sorted({*task.cost_limits, line["cost_limit"]}) if limit <= task.horizon]
     if "imported" in config:
         settings = config["imported"]["osrl"]
-    else:
-        settings = to_theirs(configuration(config), KIND[config["learner"]], task, line["cost_limit"], line["seed"])
     try:
         with replacing(out) as folder:
             (folder / "checkpoint").mkdir()

@@ -13,10 +13,12 @@ from ..config import BC_NAMES, BC_SELECTIONS, CONFIGS, one_of
 from ..errors import UserError
 from ..files import regular, show
 from ..tasks import TASKS, Task, get_task
-from .layout import TITLES, Sizes
+from .layout import TITLES, CDTSizes, Sizes
 
 MAX_BYTES, MAX_VALUES = 1 << 20, 10_000
 MAX_COUNT, MAX_STEPS = 100_000, (1 << 31) - 1             # of rows and samples; of steps and seeds
+MAX_TARGETS, UNBOUNDED = 100, 1e9                         # of CDT; of a gradient that is not clipped
+STEPS, POSITIVE = ("steps", "actor_start", "warm_up"), ("reward_scale", "samples", "batch", "steps", "attention_heads", "warm_up")
 
 # --------------------------------------------------------------------------------------------------- ours -> OSRL's
 _ALL = {"steps": "update_steps", "batch": "batch_size"}
@@ -29,25 +31,39 @@ NAMES = {
     "bear_lag": {**_LAGRANGIAN, "mmd_sigma": "mmd_sigma", "mmd_limit": "target_mmd_thresh",
                  "actor_start": "start_update_policy_step"},
     "cpq": {**_CRITICS, "lr_actor": "actor_lr", "lr_alpha": "alpha_lr", "ood_limit": "qc_scalar"},
+    "cdt": {**_ALL, "attention_heads": "num_heads", "dropout": "residual_dropout", "lr": "learning_rate",
+            "warm_up": "lr_warmup_steps", "weight_decay": "weight_decay", "clip": "clip_grad", "cost_weight": "loss_cost_weight",
+            "temperature": "init_temperature", "reward_scale": "reward_scale"},
 }
 # what the weights' shapes say already
-SIZES = {"hidden": ("a_hidden_sizes", "c_hidden_sizes"), "vae_hidden": ("vae_hidden_sizes",), "heads": ("num_q", "num_qc")}
+SIZES = {"hidden": ("a_hidden_sizes", "c_hidden_sizes"), "vae_hidden": ("vae_hidden_sizes",), "heads": ("num_q", "num_qc"),
+         "width": ("embedding_dim",), "layers": ("num_layers",), "context": ("seq_len",), "horizon": ("episode_len",)}
 # what OSRL's training scripts leave at their models' defaults: BEAR-Lag's ignores config.yaml's kernel and num_samples_mmd_match
 FIXED = {
     "bc": {},
     "bcq_lag": {"vae_steps": 0},
     "bear_lag": {"vae_steps": 0, "kernel": "gaussian", "match_samples": 10, "lr_alpha": 1e-3},
     "cpq": {"vae_steps": 0, "alpha": 1.0, "ood_quantile": 0.75},
+    "cdt": {"lr_temperature": 1e-4, "spend": 1.0, "ask": 1.0},
 }
 PARITY = {"mode": "parity", "standardise": False}
-ONE_RATE = {"bc": (), "bcq_lag": ("actor_lr", "vae_lr"), "bear_lag": ("actor_lr", "vae_lr"), "cpq": ("vae_lr",)}     # lr here
+SAME = {"bc": {}, "cpq": {"vae_lr": "lr"}, "bcq_lag": {"actor_lr": "lr", "vae_lr": "lr"},
+        "bear_lag": {"actor_lr": "lr", "vae_lr": "lr"},   # theirs, for which ours has no setting of its own
+        "cdt": {"attention_dropout": "dropout", "embedding_dropout": "dropout"}}
 ONLY = {"cost_scale": 1, "max_action": 1}                 # settings that have no other value here
+ONLY_CDT = {"time_emb": True, "use_rew": True, "use_cost": True, "cost_transform": True, "cost_prefix": False, "stochastic": True,
+            "add_cost_feat": False, "mul_cost_feat": False, "cat_cost_feat": False, "action_head_layers": 1, "cost_reverse": False}
+AS_HERE = {"loss_state_weight": 0, "no_entropy": False, "linear": True, "betas": [0.9, 0.999]}     # CDT's, only for training
+DRAWN = 70.0                           # where cost_sample is on: episodes are drawn with weight max(0, 70 - cost)
+AUGMENTED = {"deg", "pf_sample", "beta", "augment_percent", "max_reward", "min_reward", "max_rew_decrease", "pf_only", "rmin",
+             "cost_bins", "npb", "start_sampling", "prob", "random_aug", "aug_rmin", "aug_rmax", "aug_cmin", "aug_cmax", "cgap",
+             "rstd", "cstd"}           # how CDT's training data are drawn and made up
 AS_LOGGED = {"outliers_percent": None, "noise_scale": None, "inpaint_ranges": None, "epsilon": None, "density": 1.0}
 UNUSED = {"project", "group", "name", "prefix", "suffix", "logdir", "verbose", "dataset", "device", "threads", "num_workers",
           "eval_episodes", "eval_every", "kernel", "num_samples_mmd_match", "gamma", "bc_mode", "seed", "task", "cost_limit",
-          "episode_len"}                                  # of no consequence here, or read elsewhere
+          "episode_len", "target_returns", "cost_sample"}  # of no consequence here, or read elsewhere
 FRESH = {"bc": "Adam's moments", "bcq_lag": "Adam's moments and the PID's state", "cpq": "Adam's moments and log-alpha",
-         "bear_lag": "Adam's moments, the PID's state and log-alpha"}
+         "bear_lag": "Adam's moments, the PID's state and log-alpha", "cdt": "Adam's moments and the temperature"}
 
 
 # ------------------------------------------------------------------------------------------------------- reading it
@@ -128,7 +144,7 @@ def _check_plain(content: Any, where: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ theirs -> ours
-def task_of(settings: Settings, kind: str, z: Sizes, wanted: str | None = None) -> Task:
+def task_of(settings: Settings, kind: str, z: Sizes | CDTSizes, wanted: str | None = None) -> Task:
     """The task of a checkpoint, by its config.yaml or as the user says. Raises UserError if names or sizes disagree."""
     said = str(settings.content.get("task", ""))
     name = said.removeprefix("Offline").rpartition("-v")[0].removesuffix("Gymnasium")
@@ -147,51 +163,87 @@ def task_of(settings: Settings, kind: str, z: Sizes, wanted: str | None = None) 
     return task
 
 
-def to_ours(settings: Settings, kind: str, z: Sizes) -> tuple[str, dict[str, Any]]:
-    """The learner's name, and its settings as overrides of our defaults. Raises UserError for what has no counterpart here."""
+def only(kind: str) -> dict[str, Any]:
+    return {**ONLY, **(ONLY_CDT if kind == "cdt" else {})}
+
+
+def check_architecture(settings: Settings, kind: str) -> None:
+    """Raises UserError for what has no counterpart here."""
+    for key, value in only(kind).items():
+        if settings.content.get(key, value) != value:
+            raise UserError(f"{settings.where}: {key} = {settings.content[key]!a:.40}, but here it is always {value}; train with "
+                            "that in OSRL.")
+
+
+def to_ours(settings: Settings, kind: str, z: Sizes | CDTSizes) -> tuple[str, dict[str, Any]]:
+    """The learner's name, and its settings as overrides of our defaults. Raises UserError for missing, odd and contrary ones."""
     content, where, name = settings.content, settings.where, kind
     if kind == "bc":
         mode = one_of(f"bc_mode in {where}", str(content.get("bc_mode", "all")), BC_SELECTIONS)
         name = BC_NAMES[BC_SELECTIONS.index(mode)]
-    for key, value in ONLY.items():
-        if content.get(key, value) != value:
-            raise UserError(f"{where}: {key} = {content[key]!a:.40}, but here it is always {value}; train with that in OSRL.")
-    for size, keys in SIZES.items():
-        there = getattr(z, size)
-        there = list(there) if isinstance(there, tuple) else there
-        for key in keys:
-            if there and content.get(key, there) != there:
+    sizes = {size: list(n) if isinstance(n, tuple) else n for size, n in z._asdict().items() if size in SIZES and n}
+    for size, there in sizes.items():
+        for key in SIZES[size]:
+            if content.get(key, there) != there:
                 raise UserError(f"{where}: {key} = {content[key]!a:.40}, but the weights have {there}; take the config.yaml that "
                                 "OSRL wrote with this checkpoint.")
     defaults = CONFIGS[name]
-    out: dict[str, Any] = {**PARITY, **FIXED[kind], **{k: getattr(z, k) for k in SIZES if hasattr(defaults, k)}}
+    out: dict[str, Any] = {**PARITY, **FIXED[kind], **{k: v for k, v in sizes.items() if hasattr(defaults, k)}}
     for ours, theirs in NAMES[kind].items():
         default = getattr(defaults, ours)
         if isinstance(default, tuple):
             out[ours] = settings.numbers(theirs, len(default))
         elif isinstance(default, int):
-            out[ours] = settings.number(theirs, whole=True, most=MAX_STEPS if ours in ("steps", "actor_start") else MAX_COUNT)
+            out[ours] = settings.number(theirs, whole=True, most=MAX_STEPS if ours in STEPS else MAX_COUNT)
+        elif ours == "clip" and theirs in content and content[theirs] is None:
+            out[ours] = UNBOUNDED
         else:
             out[ours] = float(settings.number(theirs))
-    if not 0 < out.get("gamma", 1.0) <= 1 or 0 in (out.get("reward_scale"), out.get("samples"), out["batch"], out["steps"]):
-        raise UserError(f"{where}: gamma must lie in (0, 1], and reward_scale, batch_size and update_steps above 0.")
+    if not 0 < out.get("gamma", 1.0) <= 1 or 0 in [out[key] for key in POSITIVE if key in out]:
+        names = ", ".join(NAMES[kind][key] for key in POSITIVE if key in out)
+        raise UserError(f"{where}: gamma must lie in (0, 1], and these above 0: {names}.")
+    if kind == "cdt":
+        out["cheap"] = DRAWN if content.get("cost_sample") else 0.0
+        if z.width % out["attention_heads"]:
+            raise UserError(f"{where}: num_heads = {out['attention_heads']} does not divide embedding_dim = {z.width}; take the "
+                            "config.yaml that OSRL wrote with this checkpoint.")
     return name, out
+
+
+def targets(settings: Settings, horizon: int) -> list[float]:
+    """CDT: the return to ask for at cost limit 0, 1, ... T, from target_returns: that of the dearest target within the limit.
+
+    Below the cheapest target, its return.
+    """
+    pairs = settings.content.get("target_returns")
+    if not isinstance(pairs, list) or not 0 < len(pairs) <= MAX_TARGETS:
+        raise UserError(f"{settings.where}: target_returns must list pairs of return and cost; take the config.yaml that OSRL "
+                        "wrote.")
+    read = [Settings({"target_returns": pair}, settings.where).numbers("target_returns", 2) for pair in pairs]
+    order = sorted((cost, ret) for ret, cost in read)
+    return [max([pair for pair in order if pair[0] <= limit] or order[:1])[1] for limit in range(horizon + 1)]
 
 
 def notices(settings: Settings, kind: str, chosen: Mapping[str, Any]) -> Iterator[str]:
     """What a user must know about an import, one line each."""
     content = settings.content
-    for key in ONE_RATE[kind]:
-        if content.get(key, chosen["lr"]) != chosen["lr"]:
-            yield f"{key} = {content[key]!a:.20} was not taken over: critic_lr = {chosen['lr']} is the rate of all three here."
+    for key, ours in SAME[kind].items():
+        if content.get(key, chosen[ours]) != chosen[ours]:
+            yield f"{key} = {content[key]!a:.20} was not taken over: {NAMES[kind][ours]} = {chosen[ours]} stands for both here."
+    for key, value in AS_HERE.items():
+        if kind == "cdt" and content.get(key, value) != value:
+            yield f"{key} = {content[key]!a:.20} was not taken over: further training has {value}."
     for key, value in AS_LOGGED.items():
         if content.get(key, value) != value:
             yield f"{key} = {content[key]!a:.40}: OSRL changed the log before training; 01_data must get the log as changed."
     sizes = (k for keys in SIZES.values() for k in keys)
-    known = {*NAMES[kind].values(), *UNUSED, *ONLY, *AS_LOGGED, *ONE_RATE[kind], *sizes}
+    known = {*NAMES[kind].values(), *UNUSED, *only(kind), *AS_LOGGED, *SAME[kind], *sizes, *(AUGMENTED if kind == "cdt" else ()),
+             *(AS_HERE if kind == "cdt" else ())}
     for key in sorted(set(content) - known):
         yield f"setting {key!a:.60} is not known here and was ignored."
     yield f"{FRESH[kind]} are not in OSRL's files and start fresh."
+    if kind == "cdt":
+        yield "OSRL's augmentation of the training data is not repeated in further training."
     if "pid" in chosen:
         yield "the multiplier starts at 0, so unlearn with overrides={'freeze_lam': False} and the PID will set it."
 
@@ -203,7 +255,11 @@ def to_theirs(cfg: Any, kind: str, task: Task, cost_limit: float, seed: int) -> 
     out = {"task": name, "seed": seed, "device": "cpu", "threads": 4, "cost_limit": cost_limit, "episode_len": task.horizon,
            "prefix": TITLES[kind]}
     out |= {theirs: getattr(cfg, ours) for ours, theirs in NAMES[kind].items()}
+    out |= {theirs: getattr(cfg, ours) for theirs, ours in SAME[kind].items()}
     out |= {key: getattr(cfg, size) for size, keys in SIZES.items() if hasattr(cfg, size) for key in keys}
-    out |= {"bc_mode": cfg.select, "gamma": 1.0} if kind == "bc" else {"cost_scale": 1}
-    out |= {key: cfg.lr for key in ONE_RATE[kind]}
+    out |= {key: value for key, value in only(kind).items() if key != "max_action"}
+    if kind == "bc":
+        out |= {"bc_mode": cfg.select, "gamma": 1.0}
+    if kind == "cdt":
+        out |= {**AS_HERE, "cost_sample": bool(cfg.cheap), "clip_grad": None if cfg.clip == UNBOUNDED else cfg.clip}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in out.items()}

@@ -39,7 +39,8 @@ class Memory:
         self.retain_stream = torch.Generator(learner.device).manual_seed(seed)
         self.forget_stream = torch.Generator(learner.device).manual_seed(seed + 1)
         self._retain = learner.sampler(pool, retain, n_step)
-        self._forget = learner.sampler(pool, forget)
+        self._forget: Any = None                       # made when first asked for: fine-tuning never asks, and CDT may have no
+                                                       # windows in rows that lack an episode's end
 
     def retain(self) -> Batch:
         return self._retain.sample(self.retain_stream)
@@ -48,6 +49,8 @@ class Memory:
         return self._retain.pair(self.retain_stream)
 
     def forget(self) -> Batch:
+        if self._forget is None:
+            self._forget = self.learner.sampler(self.pool, self.rows)
         return self._forget.sample(self.forget_stream)
 
     def ordinary(self, t: int) -> dict[str, Tensor]:
