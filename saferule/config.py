@@ -169,6 +169,7 @@ class BCConfig:
     batch: int = 128
     hidden: tuple[int, ...] = (64, 64)
     lr: float = 1e-3
+    tau: float = 0.02                  # Polyak rate of the weights that act (default only)
     cost_unit: float = 20.0            # multi-task: costs are divided by this where they are an input of the policy
     standardise: bool = True           # observations by mean and std
     gamma = reward_scale = 1.0         # no settings: returns are not discounted, rewards are not looked at
@@ -178,23 +179,25 @@ class BCConfig:
 class CDTConfig:
     mode: str = "default"              # default: corrected | parity: as OSRL does it
     steps: int = 2500
-    batch: int = 32                    # windows ...
-    context: int = 10                  # ... of so many steps, and how far back the policy looks
+    batch: int = 64                    # windows ...
+    context: int = 3                   # ... of so many steps, and how far back the policy looks (OSRL: 10)
     width: int = 32                    # of a token
     layers: int = 2
     attention_heads: int = 2
     dropout: float = 0.0               # of embeddings, attention and residual branches (OSRL: 0.1)
-    lr: float = 1e-3
-    warm_up: int = 100                 # steps in which the rate rises to lr
+    lr: float = 3e-3
+    warm_up: int = 100                 # steps in which the rate rises to lr ...
+    lr_end: float = 0.05               # ... from where it falls to this share until the last step (default only)
     weight_decay: float = 1e-4
     clip: float = 0.25                 # bound of the gradient's norm, per replica
     cost_weight: float = 0.02          # of the prediction of the step's cost
     temperature: float = 0.1           # weight of the entropy at the start ...
     lr_temperature: float = 1e-4       # ... which follows its shortfall
     adapt_temperature: bool = True     # off: the weight stays as it is
-    cost_unit: float = 20.0            # costs-to-go are divided by this where they are tokens
-    cheap: float = 0.0                 # if positive, episodes are drawn with weight max(0, cheap - their cost) (OSRL: 70)
-    spend: float = 1.0                 # when acting this share of the limit is asked for as cost ...
+    rate_unit: float = 0.25            # tokens are the return and cost per step left in this unit, ...
+    least_left: int = 10               # ... with at least so many left (both default only)
+    cheap: float = 70.0                # parity: episodes are drawn with weight max(0, cheap - their cost)
+    spend: float = 0.5                 # when acting this share of the limit is asked for as cost (default only) ...
     ask: float = 1.0                   # ... and this share of the data's best return at that cost as return
     standardise: bool = True           # observations by mean and std, rewards by their 98% quantile
     reward_scale: float = 1.0          # used when standardise is off (OSRL: 0.1)
@@ -314,8 +317,8 @@ PROFILES: dict[str, Profile] = {
             "cpq": {"steps": 900, "vae_steps": 200, "batch": 64, "hidden": (32, 32), "vae_hidden": 32, "lr": 3e-3, "lr_actor": 1e-3,
                     "tau": 0.1},
             "coptidice": {"steps": 900, "batch": 64, "hidden": (32, 32), "lr": 3e-3, "lr_actor": 3e-3, "lr_scalar": 0.02},
-            "cdt": {"steps": 600, "batch": 16, "context": 5, "lr": 3e-3, "warm_up": 50},
-            **dict.fromkeys(BC_NAMES, {"steps": 900, "batch": 64, "hidden": (32, 32), "lr": 3e-3}),
+            "cdt": {"steps": 600, "batch": 32, "warm_up": 50},
+            **dict.fromkeys(BC_NAMES, {"steps": 900, "batch": 64, "hidden": (32, 32), "lr": 3e-3, "tau": 0.1}),
             "finetune": {"steps": 90},
             "finetune_nstep": {"steps": 90, "suppress_steps": 60, "tau": 0.1},
             "gradient_ascent": {"steps": 90, "ascent_steps": 45},
@@ -338,9 +341,9 @@ PROFILES: dict[str, Profile] = {
             "cpq": {"steps": 100_000, "vae_steps": 0, "batch": 512, "hidden": (256, 256), "vae_hidden": 400, "lr_actor": 1e-4,
                     "gamma": 0.99, "tau": 0.005, "samples": 10},
             "coptidice": {"steps": 100_000, "batch": 512, "hidden": (256, 256), "lr": 1e-4, "lr_actor": 1e-4, "lr_scalar": 1e-4},
-            "cdt": {"steps": 100_000, "batch": 2048, "width": 128, "layers": 3, "attention_heads": 8, "dropout": 0.1, "lr": 1e-4,
-                    "warm_up": 500},
-            **dict.fromkeys(BC_NAMES, {"steps": 100_000, "batch": 512, "hidden": (256, 256)}),
+            "cdt": {"steps": 100_000, "batch": 2048, "context": 10, "width": 128, "layers": 3, "attention_heads": 8, "dropout": 0.1,
+                    "lr": 1e-4, "warm_up": 500},
+            **dict.fromkeys(BC_NAMES, {"steps": 100_000, "batch": 512, "hidden": (256, 256), "tau": 0.005}),
             "finetune": {"steps": 10_000},
             "finetune_nstep": {"steps": 10_000, "suppress_steps": 5_000},
             "gradient_ascent": {"steps": 10_000, "ascent_steps": 5_000},

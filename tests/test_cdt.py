@@ -263,8 +263,8 @@ def test_gradients_are_clipped_replica_by_replica():
 
 
 def test_the_rate_warms_up_and_does_not_again():
-    """lr (n + 1) / 4 in the first four steps; the first step of Adam moves a bias by just the rate."""
-    learner, rates = one(warm_up=4, lr=0.01), []
+    """lr n / 4 in the first four steps; the first step of Adam moves a bias by just the rate."""
+    learner, rates = one(warm_up=4, lr=0.01, lr_end=1.0), []
     for t in range(6):
         before = learner.policy.action.bias.detach().clone()
         learner.update(batch_of(), t)
@@ -277,10 +277,20 @@ def test_the_rate_warms_up_and_does_not_again():
     assert again.rate.item() == pytest.approx(0.01)
 
 
+def test_the_rate_falls_but_not_in_parity():
+    """Five steps from 1 to .5 of it: .9, .8, .7, .6, .5, and so on for ever."""
+    for mode, expected in (("default", [0.9, 0.8, 0.7, 0.6, 0.5, 0.5]), ("parity", [1.0] * 6)):
+        learner, rates = one(mode, steps=5, lr=1.0, lr_end=0.5), []
+        for _ in range(6):
+            learner.minimise("policy", learner.policy_loss(batch_of()))
+            rates.append(learner.rate.item())
+        assert rates == pytest.approx(expected)
+
+
 def test_what_decays():
     """Without gradient: matrices shrink by lr x decay, and in parity so does everything."""
     for mode, expected in (("default", {"weight"}), ("parity", {"weight", "bias", "gain", "table"})):
-        learner = one(mode, lr=0.1, weight_decay=0.5)
+        learner = one(mode, lr=0.1, lr_end=1.0, weight_decay=0.5)
         with torch.no_grad():
             for p in learner.policy.parameters():
                 p.fill_(1.0)
@@ -338,17 +348,27 @@ def test_dropout_is_the_learners_own_noise(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------ the policy
+def test_tokens_by_hand():
+    """T = 20: with 15 steps left a return of 30 is 2 per step, 8 units; with 3 left, 4 are counted as left. OSRL: 50 - C."""
+    ret, cost, t = torch.tensor([[[30.0, 30.0]]]), torch.tensor([[[15.0, 1.0]]]), torch.tensor([[[5, 17]]])
+    for mode, expected in (("default", ([8.0, 30.0], [4.0, 1.0])), ("parity", ([30.0, 30.0], [35.0, 49.0]))):
+        learner = one(mode, rate_unit=0.25, least_left=4)
+        learner.policy.forward = lambda *tokens: tokens
+        found = learner.predict(ret, cost, torch.zeros(1, 1, 2, 1), torch.zeros(1, 1, 2, 2), t)
+        assert (found[0].flatten().tolist(), found[1].flatten().tolist()) == expected
+
+
 def test_best_return_by_cost_by_hand():
     """Episodes cost 3, 1, 1 and 8 and return 5, 2, 4 and 9; a limit below 1 gets the cheapest ones' best."""
     pool = pool_of([[5, 0], [2, 0], [0, 4], [9, 0]], [[3, 0], [1, 0], [0, 1], [0, 8]])
-    learner = one(R=2, horizon=6)
+    learner = one(R=2, horizon=6, spend=1.0)
     learner.measure(pool, [rows(*range(8)), rows(0, 1, 6, 7)])
     assert learner.best_return.tolist() == [[4, 4, 4, 5, 5, 5, 5], [5, 5, 5, 5, 5, 5, 5]]
     learner.qc_limit.copy_(torch.tensor([[2.5], [20.0]]))
     asked = learner.begin(2)
     assert asked.ret.tolist() == [[4, 4], [5, 5]]
     assert asked.cost.tolist() == [[2.5, 2.5], [20, 20]]
-    learner.cfg = replace(learner.cfg, ask=0.5, spend=2.0)                     # cost 5 and 40, and half the return there
+    learner.cfg = replace(learner.cfg, ask=0.5, spend=2.0)                     # cost 5 and 40, and half the best return there
     assert learner.begin(1).ret.tolist() == [[2.5], [2.5]]
     assert learner.begin(1).cost.tolist() == [[5], [40]]
 
@@ -373,7 +393,7 @@ def test_acting_with_a_memory_equals_the_forward_pass_on_what_happened(mode):
     actions = torch.stack(actions, 2)
     spent = lambda x: torch.cat([torch.zeros(2, E, 1), x.cumsum(2)[:, :, :-1]], 2)
     ret, left = 3 - spent(reward) / 4, 20 - spent(cost)
-    left = left if mode == "parity" else left.clamp(min=0)
+    left = left if mode == "parity" else (left - 10).clamp(min=0)              # half of the limit is asked for
     for t in range(T):
         part = slice(max(0, t + 1 - K), t + 1)
         said = learner.predict(ret[:, :, part], left[:, :, part], obs[:, :, part] - 0.5, actions[:, :, part],
@@ -389,7 +409,7 @@ def test_the_limit_when_acting_decides():
     pool = pool_of([[1 + 3 * g] * 5 for g in good], [[8 * g] * 5 for g in good], action=np.repeat(good - 0.5, 5)[:, None])
     pool.columns["obs"] = torch.zeros_like(pool.obs)
     both = [pool.rows("clean")] * 2
-    learner = CDT(CDTConfig(width=8, context=2, batch=16, lr=0.01, warm_up=1, cost_unit=20.0), measure_units(pool, both),
+    learner = CDT(CDTConfig(width=8, context=2, batch=16, lr=0.01, warm_up=1, spend=1.0), measure_units(pool, both),
                   torch.full((2,), 40.0), [0, 1], 1, 5).ready()
     learner.measure(pool, both)
     sampler, stream = learner.sampler(pool, both), torch.Generator().manual_seed(0)

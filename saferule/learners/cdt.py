@@ -13,16 +13,18 @@ Deviations  (mode='default'; each is ours)
             4. no prediction of the next observation
             5. weight decay on matrices only, not on biases, gains and tables
             6. windows start at any row, each as likely as any other
-            7. standardised observations; R in mean scaled reward per step of a full episode, C in `cost_unit`s
-            8. C is not asked to be below 0 when acting
+            7. tokens of R and C are what is to come per step that is left, T - t, which is known as well: the policy need not
+               learn to divide. C is not asked to be below 0
+            8. a share `spend` of the limit is asked for: what comes about lies around what is asked
+            9. the learning rate falls linearly after its warm-up; matrices start as nn.Linear's do; standardised observations
             (also in parity)
-            9. R* is the best return in the replica's own data among episodes that cost at most l, times `ask` (OSRL: a number
-               per task, found with the simulator)
-            10. no augmentation (OSRL: a fifth of further trajectories, copies of data nearest to a point beyond the Pareto front
+            10. R* is the best return in the replica's own data among episodes that cost at most what is asked, times `ask`
+               (OSRL: a number per task, found with the simulator)
+            11. no augmentation (OSRL: a fifth of further trajectories, copies of data nearest to a point beyond the Pareto front
                of their returns and costs, relabelled as if they had reached it)
-            11. warm-up follows the optimiser's own count, so that unlearning does not warm up again
-            12. classes of costs of 2 and more are 1 (OSRL: an index error)
-            13. returns and costs-to-go across removed rows as windows.py says
+            12. the warm-up follows the optimiser's own count, so that unlearning does not warm up again
+            13. classes of costs of 2 and more are 1 (OSRL: an index error)
+            14. returns and costs to go across removed rows as windows.py says
 Shapes      R replicas, B windows, K steps, E episodes, W width of a token; every batch field is [R, B, K, ...]
 """
 from __future__ import annotations
@@ -111,7 +113,7 @@ class CDT(Learner):
 
     def sampler(self, pool: Pool, rows: Sequence[Rows], n_step: int = 1) -> WindowSampler:
         cfg = self.cfg
-        return WindowSampler(pool, rows, cfg.batch, cfg.context, self.units, cfg.cheap)
+        return WindowSampler(pool, rows, cfg.batch, cfg.context, self.units, cfg.cheap if self.parity else 0.0)
 
     def measure(self, pool: Pool, rows: Sequence[Rows]) -> None:
         """The best return among the episodes that cost at most 0, 1, ... T; that of the cheapest where none is so cheap."""
@@ -130,8 +132,10 @@ class CDT(Learner):
     def predict(self, ret: Tensor, cost_to_go: Tensor, obs: Tensor, action: Tensor, t: Tensor,
                 drop: Drop | None = None) -> Prediction:
         """From to-go in scaled reward and raw cost [R, B, K] and standardised observations."""
-        ret, cost = (ret, 50 - cost_to_go) if self.parity else (ret / self.horizon, cost_to_go / self.cfg.cost_unit)
-        return self.policy(ret, cost, obs, action, t, drop)
+        if self.parity:
+            return self.policy(ret, 50 - cost_to_go, obs, action, t, drop)
+        unit = self.cfg.rate_unit * (self.horizon - t).clamp(min=self.cfg.least_left)
+        return self.policy(ret / unit, cost_to_go / unit, obs, action, t, drop)
 
     def predicted(self, batch: Windows) -> Prediction:
         drop = self.dropped if self.cfg.dropout else None
@@ -177,11 +181,13 @@ class CDT(Learner):
     # ------------------------------------------------------------------------------------------------ the update
     @torch.no_grad()
     def before_step(self, name: str) -> None:
-        """Clip the gradient of each replica by its own norm, and warm up: lr min((steps so far + 1) / warm_up, 1)."""
+        """Clip the gradient of each replica by its own norm; the rate rises in n = 1 .. `warm_up`, then falls linearly."""
         if name == "policy":
-            clip_norm([p.grad for p in self.policy.parameters()], self.cfg.clip)
-            done = next(iter(self.optim["policy"].state.values()), {}).get("step", torch.zeros(()))
-            self.rate.copy_(self.cfg.lr * ((done + 1) / self.cfg.warm_up).clamp(max=1))
+            cfg = self.cfg
+            clip_norm([p.grad for p in self.policy.parameters()], cfg.clip)
+            n = 1 + next(iter(self.optim["policy"].state.values()), {}).get("step", torch.zeros(()))
+            falls = 1.0 if self.parity else 1 - (1 - cfg.lr_end) * (n / cfg.steps).clamp(max=1)
+            self.rate.copy_(cfg.lr * (n / cfg.warm_up).clamp(max=1) * falls)
 
     def update(self, batch: Windows, t: int, target: None = None, extra: Extra | None = None) -> dict[str, Tensor]:
         said = self.predicted(batch)
@@ -198,7 +204,7 @@ class Episodes:
 
     def __init__(self, learner: CDT, episodes: int):
         self.learner, self.past, self.t = learner, [], 0
-        limit = learner.cfg.spend * learner.qc_limit                                            # [R, 1]
+        limit = learner.qc_limit * (1.0 if learner.parity else learner.cfg.spend)               # [R, 1]
         best = learner.best_return.gather(1, limit.long().clamp(0, learner.horizon))
         self.ret = (learner.cfg.ask * best / learner.reward_scale[:, None]).expand(-1, episodes)
         self.cost = limit.expand(-1, episodes)
