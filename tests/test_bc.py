@@ -1,5 +1,6 @@
 """Behaviour cloning: which trajectories it imitates, the limit as an input, OSRL's numbers, and the chain around it."""
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -202,6 +203,21 @@ def test_one_row_is_learnt_by_heart():
     assert torch.allclose(learner.act(pool.obs[None, 2:3])[0, 0], pool.action[2], atol=1e-3)
 
 
+def test_the_average_of_the_weights_acts_and_in_parity_the_last_ones():
+    """Zero weights but a bias moved to 1: with tau = .25 the average acts tanh(.25), parity tanh(1)."""
+    units = Units(torch.zeros(1, 1), torch.ones(1, 1), torch.ones(1))
+    for mode, bias in (("default", 0.25), ("parity", 1.0)):
+        learner = BC(BCConfig(mode=mode, hidden=(4,), tau=0.25), units, torch.tensor([20.0]), [0], n_act=1).ready()
+        with torch.no_grad():
+            for p in learner.parameters():
+                p.zero_()
+            learner.actor.layers[-1].bias.fill_(1.0)
+        one = torch.ones(1, 1, 1)
+        learner.optim["actor"].param_groups[0]["lr"] = 0.0
+        learner.update(Batch(one, one, one[..., 0], one[..., 0], one, one[..., 0]), 0)
+        assert learner.act(one).item() == pytest.approx(math.tanh(bias))
+
+
 def test_stacked_equals_separate_with_a_context(pool):
     stacked, rows = make(pool, "multi-task", 3)
     single = [make_learner(pool, rows[:1], seeds=[s], learner="bc_safe", select="multi-task", qc_limit=20.0) for s in range(3)]
@@ -237,7 +253,7 @@ def test_restored_stacked_and_picked_learners_act_alike(selection):
 def poisoned():
     pool, _, _ = poison(make_pool(), "inject", InjectConfig(), donors=make_pool(seed=1), cost_limit=5.0)
     rows = BC.select_rows(pool, [pool.rows("inject/poisoned")] * 2, BCConfig(), [5.0] * 2)
-    learner = train(make_learner(pool, rows, learner="bc_safe", steps=50), pool, rows, 50)
+    learner = train(make_learner(pool, rows, learner="bc_safe", steps=50, tau=0.2), pool, rows, 50)
     retain = learner.select_rows(pool, [pool.rows("inject/retain")] * 2, learner.cfg, [5.0] * 2)
     return learner, pool, retain, [pool.rows("inject/forget")] * 2
 

@@ -10,7 +10,9 @@ Deviations  (mode='default'; each is ours)
                (OSRL: C = R = 0 for a tail without an end, so that it counts as safe)
             2. multi-task: C and l are divided by `cost_unit` (OSRL: raw)
             3. standardised observations
-            4. also in parity: a Pareto front of one value is fitted by that constant (OSRL: R^2 is 0 / 0, a parabola through
+            4. a Polyak average of the weights acts (OSRL: the last ones): the last ones' returns scatter by up to a third over
+               seeds, their averages' hardly
+            5. also in parity: a Pareto front of one value is fitted by that constant (OSRL: R^2 is 0 / 0, a parabola through
                one point)
 Shapes      R replicas, B batch, n rows of a condition, m trajectories among them
 """
@@ -104,7 +106,7 @@ class BC(Learner):
         super().__init__(cfg, units, qc_limit, seeds, n_act, horizon)          # gamma = 1: qc_limit is the limit per episode
         one_of("selection of bc", cfg.select, BC_SELECTIONS)
         self.multi_task = self.limit_when_acting = cfg.select == "multi-task"
-        self.own("actor", MLP(generators(seeds), self.n_obs + self.multi_task, cfg.hidden, n_act), target=False)
+        self.own("actor", MLP(generators(seeds), self.n_obs + self.multi_task, cfg.hidden, n_act), target=not self.parity)
 
     @staticmethod
     def select_rows(pool: Pool, rows: Sequence[Rows], cfg: BCConfig, cost_limits: Sequence[float]) -> list[Rows]:
@@ -117,8 +119,8 @@ class BC(Learner):
         self.optimisers(actor=self.cfg.lr)
         return self
 
-    def policy(self, obs: Tensor) -> Tensor:                       # of standardised observations, in context if multi-task
-        return self.actor(obs).tanh()
+    def policy(self, obs: Tensor, target: bool = False) -> Tensor:      # of standardised observations, in context if multi-task
+        return (self.actor_target if target else self.actor)(obs).tanh()
 
     @torch.no_grad()
     def act(self, obs: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -126,10 +128,13 @@ class BC(Learner):
         if self.multi_task:
             limit = (self.qc_limit / unit(self.cfg))[:, None].expand(*obs.shape[:-1], 1)
             obs = torch.cat([obs, limit], -1)
-        return self.policy(obs)
+        return self.policy(obs, target=not self.parity)
 
     def actor_loss(self, batch: Batch) -> Tensor:
         return (self.policy(batch.obs) - batch.action).square().mean((-1, -2))
 
     def update(self, batch: Batch, t: int, target: None = None, extra: Extra | None = None) -> dict[str, Tensor]:
-        return {"actor": self.minimise("actor", self.actor_loss(batch), extra)}
+        out = {"actor": self.minimise("actor", self.actor_loss(batch), extra)}
+        if not self.parity:
+            self.polyak("actor")
+        return out
