@@ -50,13 +50,14 @@ def parser() -> argparse.ArgumentParser:
     reference = commands.add_parser("reference", help="copy tables, figures, notebooks and manifests to results/reference")
     reference.add_argument("--profile", default="quick")
 
-    bring = commands.add_parser("import", help="take over a checkpoint of OSRL as a trained model")
-    bring.add_argument("source", type=Path, metavar="CHECKPOINT", help="the folder that OSRL wrote, or a model.pt in it")
+    bring = commands.add_parser("import", help="take over checkpoints of OSRL as trained models")
+    bring.add_argument("sources", type=Path, nargs="+", metavar="CHECKPOINT",
+                       help="folders that OSRL wrote, or a model.pt in one; several must differ in seed or cost limit only")
     bring.add_argument("--profile", default="quick", help="where 01_data and 02_poison (attack 'given') were run; default: quick")
     bring.add_argument("--task", help="default: as in config.yaml")
     bring.add_argument("--learner", help="what it is, to be sure; default: found from the weights")
     bring.add_argument("--attack", default="given", help="given (default): the model is poisoned | none: it is clean")
-    bring.add_argument("--seed", type=int, help="the model's seed in later stages; default: as in config.yaml")
+    bring.add_argument("--seeds", default="", help="the models' seeds in later stages, such as 0,1,2; default: as in config.yaml")
     bring.add_argument("--best", action="store_true", help="model_best.pt instead of model.pt")
     bring.set_defaults(command="bring")                    # 'import' cannot be a function's name
 
@@ -144,14 +145,15 @@ def download(args: argparse.Namespace) -> int:
 def bring(args: argparse.Namespace) -> int:
     from .config import PROFILES, one_of
     from .files import run_dir
-    from .osrl import import_checkpoint
-    root = run_dir(one_of("profile", args.profile, PROFILES))
-    made = import_checkpoint(args.source, args.profile, root, args.task, args.learner, args.attack, args.seed, args.best)
+    from .notebook import parse_seeds
+    from .osrl import import_checkpoints
+    root, seeds = run_dir(one_of("profile", args.profile, PROFILES)), parse_seeds(args.seeds)
+    made = import_checkpoints(args.sources, args.profile, root, args.task, args.learner, args.attack, seeds, args.best)
     for note in made.config["imported"]["notes"]:
         print(f"  {note}")
-    print(f"train/{made.name} {made.short}: seed {made.replicas[0]['seed']}, cost limit {made.replicas[0]['cost_limit']:g}, "
-          f"{made.replicas[0]['method']}; next: 04_unlearn or 05_evaluate with profile={args.profile}, "
-          f"learner={made.config['learner']}, seeds={made.replicas[0]['seed']}")
+    for line in made.replicas:
+        print(f"train/{made.name} {made.short}: {line['method']}, seed {line['seed']}, cost limit {line['cost_limit']:g}")
+    print(f"next: notebooks 04 and 05 with -p profile {args.profile} -p learner {made.config['learner']}")
     return 0
 
 

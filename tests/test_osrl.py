@@ -19,7 +19,7 @@ from saferule.data import FIELDS
 from saferule.errors import UserError
 from saferule.hdf5 import write_hdf5
 from saferule.learners import restore, restored_snapshots
-from saferule.osrl import export_checkpoint, import_checkpoint
+from saferule.osrl import export_checkpoint, import_checkpoints
 from saferule.osrl.exchange import learner_from, read_checkpoint, state_for
 from saferule.osrl.layout import views
 from saferule.osrl.settings import AS_LOGGED, AUGMENTED, UNUSED, task_of, to_ours
@@ -59,7 +59,7 @@ def loaded(folder):
     task = task_of(found.settings, found.kind, found.sizes)
     name, ours = to_ours(found.settings, found.kind, found.sizes)
     config = resolve("quick", "train", task.name, name, seeds=(0,), overrides=ours)
-    return learner_from(found, task, {**config, "cost_limit": float(found.settings.content["cost_limit"])})
+    return learner_from(found, task, config, seed=0)
 
 
 def play(learner, n_obs=TASK.n_obs):
@@ -83,7 +83,7 @@ def test_an_imported_model_acts_as_in_osrl(name, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_an_exported_model_is_the_imported_one(name, tmp_path):
     """Names, order, shapes, types and values, bit for bit; settings too."""
-    made = import_checkpoint(checkpoint(tmp_path / "in", name), "quick", tmp_path / "root", attack="none")
+    made = import_checkpoints([checkpoint(tmp_path / "in", name)], "quick", tmp_path / "root", attack="none")
     assert made.name == f"BallCircle-{name}"
     out = export_checkpoint(made.path, tmp_path / "out")
     state = torch.load(out / "checkpoint" / "model.pt", weights_only=True)["model_state"]
@@ -98,13 +98,13 @@ def test_an_exported_model_is_the_imported_one(name, tmp_path):
 
 def test_settings_are_taken_over(tmp_path):
     source = checkpoint(tmp_path / "in", "bcq_lag", settings={"gamma": 0.98, "PID": [0.2, 0.004, 0.002], "seed": 7})
-    made = import_checkpoint(source, "quick", tmp_path / "root", attack="none")
+    made = import_checkpoints([source], "quick", tmp_path / "root", attack="none")
     c = made.config
     assert (c["mode"], c["standardise"], c["gamma"], c["pid"], c["hidden"], c["vae_hidden"], c["heads"]) == (
         "parity", False, 0.98, [0.2, 0.004, 0.002], [16, 12], 14, 2)
     assert (c["steps"], c["vae_steps"], c["batch"], c["samples"], c["tau"], c["lmbda"], c["beta"], c["phi"], c["reward_scale"]) == (
         100_000, 0, 512, 10, 0.005, 0.75, 0.5, 0.05, 0.1)
-    assert c["cost_limit"] == 10.0 and c["imported"]["osrl"]["PID"] == [0.2, 0.004, 0.002]
+    assert c["cost_limit"] == 10.0 and c["imported"]["sources"]["7"]["osrl"]["PID"] == [0.2, 0.004, 0.002]
     assert made.replicas == ({"attack": "none", "method": "clean", "condition": "clean", "seed": 7, "init_seed": 7,
                               "cost_limit": 10.0},)
     model = restore(made, TASK)
@@ -114,7 +114,7 @@ def test_settings_are_taken_over(tmp_path):
 
 def test_own_models_in_parity_mode_become_osrls(tmp_path):
     """What OSRL gets from our own training run is what it would have to be told to build the same model."""
-    source = import_checkpoint(checkpoint(tmp_path / "in", "cpq"), "quick", tmp_path / "root", attack="none")
+    source = import_checkpoints([checkpoint(tmp_path / "in", "cpq")], "quick", tmp_path / "root", attack="none")
     config = {k: v for k, v in source.config.items() if k != "imported"}       # as if trained here
     own = save("train", source.name, {"state.safetensors": source.tensors("state.safetensors")}, config, {}, source.replicas,
                root=tmp_path / "own", seconds=1.0)
@@ -133,7 +133,7 @@ def test_osrl_reads_and_acts_as_ours(name, tmp_path):
     """With OSRL's own loader and model."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
     import record_osrl
-    made = import_checkpoint(checkpoint(tmp_path / "in", name), "quick", tmp_path / "root", attack="none")
+    made = import_checkpoints([checkpoint(tmp_path / "in", name)], "quick", tmp_path / "root", attack="none")
     out = export_checkpoint(made.path, tmp_path / "out")
     config, saved = record_osrl.load_osrl(Path(OSRL), "common.exp_util").load_config_and_model(str(out))
     _, actions, _ = record_osrl.played(Path(OSRL), name, config, lambda layout: saved["model_state"])
@@ -158,7 +158,7 @@ def log(tmp_path_factory):
                                           ("bc_all", "finetune"), ("cdt", "finetune")])
 def test_a_checkpoint_a_log_and_a_forget_set_become_a_repaired_checkpoint(name, method, log, tmp_path):
     source = checkpoint(tmp_path / "in", name, settings={"seed": 3, "batch_size": 16, "sample_action_num": 2})
-    made = import_checkpoint(source, "smoke", log)
+    made = import_checkpoints([source], "smoke", log)
     assert [(x["attack"], x["method"], x["seed"]) for x in made.replicas] == [("given", "poisoned", 3)]
     assert set(made.manifest["inputs"]) == {"data", "poison:given"}
     steps = {"steps": 8, "suppress_steps": 6, "gate_steps": 3, "freeze_lam": False} if method == "saferule" else {"steps": 8}
@@ -184,13 +184,15 @@ def test_the_command_line(log, tmp_path, monkeypatch, capsys):
     assert main(["import", str(source), "--profile", "smoke"]) == 0
     out = capsys.readouterr().out
     assert "vae_lr = 0.5 was not taken over" in out and "'novelty' is not known" in out
-    assert "log-alpha are not in OSRL's files" in out and "train/BallCircle-cpq" in out and "seeds=0" in out
+    assert "log-alpha are not in OSRL's files" in out and "train/BallCircle-cpq" in out and "poisoned, seed 0, cost limit 10" in out
     folder = log / "artifacts" / "train" / "BallCircle-cpq"
     assert main(["export", str(folder / "manifest.json"), str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "checkpoint" / "model.pt").is_file()
     for argv, says in (
             (["import", str(tmp_path / "no")], "no: is missing; name the folder"),
             (["import", str(source), "--profile", "smok"], "Did you mean 'smoke'"),
+            (["import", str(source), "--profile", "smoke", "--seeds", "0,1"], "1 checkpoints need as many different"),
+            (["import", str(source), "--profile", "smoke", "--seeds", "x"], "seeds: 'x' must be"),
             (["import", str(source), "--profile", "smoke", "--learner", "bcq_lag"], "is a checkpoint of CPQ (cpq), not of bcq_lag"),
             (["import", str(source), "--profile", "smoke", "--best"], "model_best.pt is missing"),
             (["import", str(source), "--profile", "smoke", "--attack", "injct"], "unknown attack of an imported model 'injct'"),
@@ -204,9 +206,31 @@ def test_the_command_line(log, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "new").exists()
 
 
+def test_runs_that_differ_in_seed_and_limit_become_one_stack(tmp_path):
+    changed = lambda i: ({"vae.d3.bias": torch.full((2,), 0.1 * i)}, {"seed": i, "cost_limit": 10 * i + 10})
+    folders = [checkpoint(tmp_path / str(i), "bcq_lag", *changed(i)) for i in range(3)]
+    made = import_checkpoints(folders, "quick", tmp_path / "root", attack="none")
+    assert [(x["seed"], x["cost_limit"]) for x in made.replicas] == [(0, 10), (1, 20), (2, 30)]
+    model = restore(made, TASK)
+    for i, folder in enumerate(folders):
+        alone, one = loaded(folder), model.pick([i])
+        assert one.qc_limit.item() == alone.qc_limit.item() == pytest.approx(model.qc_limit[0].item() * (i + 1))
+        assert all(torch.equal(v, views(one)[k]) for k, v in views(alone).items())
+        out = export_checkpoint(made.path, tmp_path / f"out{i}", replica=i)
+        assert read_checkpoint(out).settings.content == read_checkpoint(folder).settings.content
+    assert made.replicas[2]["init_seed"] == 2
+    for others, match in (([folders[0]] * 2, "2 checkpoints need as many different seeds, not 0, 0; give them with --seeds"),
+                          ([folders[0], checkpoint(tmp_path / "x", "bcq_lag", settings={"tau": 0.5})], "differs from .* in tau"),
+                          ([folders[0], checkpoint(tmp_path / "y", "cpq")], "differs from .* in being of cpq")):
+        with pytest.raises(UserError, match=match):
+            import_checkpoints(others, "quick", tmp_path / "root", attack="none")
+    twice = import_checkpoints([folders[0]] * 2, "quick", tmp_path / "root", attack="none", seeds=(4, 5))
+    assert [x["seed"] for x in twice.replicas] == [4, 5]
+
+
 def test_cdt_asks_for_the_return_of_the_dearest_target_within_the_limit(tmp_path):
     source = checkpoint(tmp_path / "in", "cdt", settings={"target_returns": [[500, 40], [300.0, 10], [400, 20]], "clip_grad": None})
-    made = import_checkpoint(source, "quick", tmp_path / "root", attack="none")
+    made = import_checkpoints([source], "quick", tmp_path / "root", attack="none")
     model = restore(made, TASK)
     asked = model.best_return[0]
     assert [asked[limit].item() for limit in (0, 9, 10, 19, 20, 39, 40, 200)] == [300, 300, 300, 300, 400, 400, 500, 500]
@@ -224,12 +248,12 @@ def test_cdt_asks_for_the_return_of_the_dearest_target_within_the_limit(tmp_path
 
 def test_a_training_run_of_ours_is_not_replaced(tmp_path):
     source = checkpoint(tmp_path / "in", "cpq")
-    made = import_checkpoint(source, "quick", tmp_path / "root", attack="none")
-    import_checkpoint(source, "quick", tmp_path / "root", attack="none")       # another import is
+    made = import_checkpoints([source], "quick", tmp_path / "root", attack="none")
+    import_checkpoints([source], "quick", tmp_path / "root", attack="none")       # another import is
     config = {k: v for k, v in made.config.items() if k != "imported"}
     save("train", made.name, {}, config, root=tmp_path / "root")
     with pytest.raises(UserError, match="was trained here and would be replaced"):
-        import_checkpoint(source, "quick", tmp_path / "root", attack="none")
+        import_checkpoints([source], "quick", tmp_path / "root", attack="none")
 
 
 def test_default_mode_does_not_become_osrls(pool):
@@ -243,7 +267,7 @@ def test_default_mode_does_not_become_osrls(pool):
 # ---------------------------------------------------------------------------------------------------- what does not fit
 def refused(folder, match, **how):
     with pytest.raises(UserError, match=match) as error:
-        import_checkpoint(folder, "quick", folder / "root", attack="none", **how)
+        import_checkpoints([folder], "quick", folder / "root", attack="none", **how)
     assert "\n" not in str(error.value) and len(str(error.value)) < 600, str(error.value)
     assert not (folder / "root").exists()
 

@@ -7,6 +7,6 @@ the model's state_dict(). config.yaml is the training script's settings by yaml.
 actions: it is the environment's (1 in every task here). Its evaluation scripts build the model from the settings and the
 environment, then load the weights. Not saved, so fresh after an import: Adam's moments, the state of the PID, log-alphas.
 """
-from .exchange import export_checkpoint, import_checkpoint
+from .exchange import export_checkpoint, import_checkpoints
 
-__all__ = ["export_checkpoint", "import_checkpoint"]
+__all__ = ["export_checkpoint", "import_checkpoints"]

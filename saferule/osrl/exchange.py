@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from ..config import one_of, resolve
 from ..data import Units
 from ..errors import UserError
 from ..files import replacing, show
-from ..learners import LEARNERS, built, configuration, discounted_limit
+from ..learners import LEARNERS, built, configuration, discounted_limit, stack
 from ..tasks import Task, get_task
 from ..torchfile import read_torch
 from ..train import Learner
@@ -33,6 +33,10 @@ class Checkpoint(NamedTuple):
     where: str                         # its weights' file, for messages
     sha256: str                        # of that file
     others: list[str]                  # keys beside 'model_state'
+
+    @property
+    def cost_limit(self) -> float:
+        return float(self.settings.number("cost_limit"))
 
 
 # ------------------------------------------------------------------------------------------------------------- import
@@ -63,12 +67,12 @@ def _files(path: Path, best: bool) -> tuple[Path, Path]:
     return model, home / "config.yaml"
 
 
-def learner_from(found: Checkpoint, task: Task, config: Mapping[str, Any]) -> Learner:
+def learner_from(found: Checkpoint, task: Task, config: Mapping[str, Any], seed: int) -> Learner:
     """One replica in parity mode, in identity units, with the weights of a checkpoint; config: as of a training artefact."""
     cfg, name = configuration(config), config["learner"]
     units = Units(torch.zeros(1, task.n_obs), torch.ones(1, task.n_obs), torch.tensor([1 / cfg.reward_scale]))
-    limit = discounted_limit(config["cost_limit"], cfg.gamma, task.horizon)
-    learner = LEARNERS[name](cfg, units, torch.tensor([limit]), config["seeds"], task.n_act, task.horizon).ready()
+    limit = discounted_limit(found.cost_limit, cfg.gamma, task.horizon)
+    learner = LEARNERS[name](cfg, units, torch.tensor([limit]), [seed], task.n_act, task.horizon).ready()
     for key, own in views(learner).items():
         own.copy_(found.tensors[key])
     if found.kind == "cdt":
@@ -76,45 +80,65 @@ def learner_from(found: Checkpoint, task: Task, config: Mapping[str, Any]) -> Le
     return learner
 
 
-def import_checkpoint(path: str | Path, profile: str, root: Path, task: str | None = None, learner: str | None = None,
-                      attack: str = "given", seed: int | None = None, best: bool = False) -> Artifact:
-    """An OSRL checkpoint as the artefact train/<task>-<learner>: one replica, as 03_train would have made it.
+def import_checkpoints(paths: Sequence[str | Path], profile: str, root: Path, task: str | None = None, learner: str | None = None,
+                       attack: str = "given", seeds: Sequence[int] = (), best: bool = False) -> Artifact:
+    """OSRL checkpoints of one learner and one set of settings as the artefact train/<task>-<learner>, one replica each.
 
-    attack: 'given' for a poisoned model, whose log (01_data) and forget set (02_poison, attack 'given') lie in `root`; 'none' for
-    a clean one. seed: the replica's name in later stages (default: OSRL's). best: read model_best.pt.
+    attack: 'given' for poisoned models, whose log (01_data) and forget set (02_poison, attack 'given') lie in `root`; 'none' for
+    clean ones. seeds: the replicas' names in later stages (default: OSRL's). best: read model_best.pt.
     Files: state.safetensors (weights), history.csv (empty). config['imported'] keeps OSRL's own settings, the files' sha256 and
-    the notices. Raises UserError for a checkpoint that does not fit, and where a training run of ours would be replaced.
+    the notices. Raises UserError for checkpoints that do not fit, and where a training run of ours would be replaced.
     """
-    found = read_checkpoint(path, best)
-    settings = found.settings
-    chosen = task_of(settings, found.kind, found.sizes, task)
-    name, ours = to_ours(settings, found.kind, found.sizes)
-    if learner not in (None, name):
-        raise UserError(f"{found.where}: is a checkpoint of {TITLES[found.kind]} ({name}), not of {learner}; leave --learner out.")
-    if seed is None:
-        seed = settings.number("seed", whole=True, most=MAX_STEPS) if "seed" in settings.content else 0
-    limit = float(settings.number("cost_limit"))
-    notes = [f"'{key}' in {Path(found.where).name} was ignored." for key in found.others]
-    notes += notices(settings, found.kind, ours)
+    found = [read_checkpoint(path, best) for path in paths]
+    chosen, name, ours = _common(found, task, learner)
+    seeds = _seeds(found, seeds)
+    notes = [f"'{key}' in {x.where} was ignored." for x in found for key in x.others]
+    notes += dict.fromkeys(note for x in found for note in notices(x.settings, x.kind, ours))
     line = {"attack": "none", "method": "clean", "condition": "clean"}
     inputs, attacks = {}, ()
     if one_of("attack of an imported model", attack, ("given", "none")) == "given":
         from ..stages.poison import load_pool
         inputs, attacks = load_pool(chosen, (attack,), root)[1], (attack,)
         line = {"attack": attack, "method": "poisoned", "condition": f"{attack}/poisoned"}
-        if (other := inputs["data"].config["cost_limit"]) != limit:
-            notes.append(f"the cost limit is {limit:g}, as in {Path(settings.where).name}; 01_data was run with {other:g}.")
-    config = resolve(profile, "train", chosen.name, name, attacks, seeds=(seed,), overrides=ours)
-    config |= {"cost_limit": limit, "imported": {
-        "source": Path(found.where).name, "sha256": found.sha256, "config_sha256": settings.sha256, "osrl": settings.content,
-        "notes": notes}}
-    artefact, table = f"{chosen.name}-{name}", [{**line, "seed": seed, "init_seed": seed, "cost_limit": limit}]
+        if (other := inputs["data"].config["cost_limit"]) not in [x.cost_limit for x in found]:
+            notes.append(f"the cost limit is {found[0].cost_limit:g}, as in config.yaml; 01_data was run with {other:g}.")
+    config = resolve(profile, "train", chosen.name, name, attacks, seeds=seeds, overrides=ours)
+    sources = [{"source": Path(x.where).name, "sha256": x.sha256, "config_sha256": x.settings.sha256, "osrl": x.settings.content}
+               for x in found]
+    config |= {"cost_limit": found[0].cost_limit, "learning_curve": (),
+               "imported": {"sources": dict(zip(map(str, seeds), sources)), "notes": notes}}
+    artefact = f"{chosen.name}-{name}"
+    table = [{**line, "seed": seed, "init_seed": seed, "cost_limit": x.cost_limit} for x, seed in zip(found, seeds)]
     if (root / "artifacts" / "train" / artefact).is_dir() and "imported" not in load("train", artefact, root).config:
         raise UserError(f"train {artefact} was trained here and would be replaced; import into another --profile, or delete "
                         f"{show(root / 'artifacts' / 'train' / artefact)} first.")
-    model = learner_from(found, chosen, config)
-    files = {"state.safetensors": model.full_state(), "history.csv": pd.DataFrame(columns=["step", "replica", "name", "value"])}
+    model = stack([learner_from(x, chosen, config, seed) for x, seed in zip(found, seeds)])
+    files = {"state.safetensors": model.weights(), "history.csv": pd.DataFrame(columns=["step", "replica", "name", "value"])}
     return save("train", artefact, files, config, inputs, table, root=root, seconds=0.0)
+
+
+def _common(found: Sequence[Checkpoint], task: str | None, learner: str | None) -> tuple[Task, str, dict[str, Any]]:
+    """Task, learner and settings, which all checkpoints share."""
+    read = [(task_of(x.settings, x.kind, x.sizes, task), *to_ours(x.settings, x.kind, x.sizes)) for x in found]
+    first, same, settings = read[0]
+    for x, (chosen, name, ours) in zip(found, read):
+        if learner not in (None, name):
+            raise UserError(f"{x.where}: is a checkpoint of {TITLES[x.kind]} ({name}), not of {learner}; leave --learner out.")
+        alike = (chosen, name) == (first, same)
+        if odd := [k for k in ours if ours[k] != settings[k]] if alike else [f"being of {name} on {chosen.name}"]:
+            raise UserError(f"{x.where}: differs from {found[0].where} in {odd[0]}; runs imported at once may differ in seed and "
+                            "cost limit only.")
+    return read[0]
+
+
+def _seeds(found: Sequence[Checkpoint], seeds: Sequence[int]) -> tuple[int, ...]:
+    """One name per replica."""
+    own = tuple(seeds) or tuple(x.settings.number("seed", whole=True, most=MAX_STEPS) if "seed" in x.settings.content else 0
+                                for x in found)
+    if len(own) != len(found) or len(set(own)) != len(own):
+        raise UserError(f"{len(found)} checkpoints need as many different seeds, not {', '.join(map(str, own))}; give them with "
+                        "--seeds.")
+    return own
 
 
 # ------------------------------------------------------------------------------------------------------------- export
@@ -154,7 +178,7 @@ def export_checkpoint(path: str | Path, out: str | Path, replica: int | None = N
         settings["target_returns"] = [[float(learner.cfg.ask * learner.best_return[replica, int(limit)]), learner.cfg.spend * limit]
                                       for limit in sorted({*task.cost_limits, line["cost_limit"]}) if limit <= task.horizon]
     if "imported" in config:
-        settings = config["imported"]["osrl"]
+        settings = config["imported"]["sources"][str(line["seed"])]["osrl"]
     try:
         with replacing(out) as folder:
             (folder / "checkpoint").mkdir()
