@@ -177,7 +177,7 @@ def record_cdt(path: Path) -> dict:
         b = golden.windows(t, z["batch"], more["context"], z["n_obs"], z["n_act"])
         trainer.train_one_step(b["obs"], b["action"], b["ret"], b["cost_to_go"], b["t"], b["mask"], None, b["cost"])
         steps.append({"policy": stored["all_loss"], "likelihood": -stored["nll"], "entropy": stored["ent"],
-                      "cost": stored["cost_loss"], "temperature": model.temperature().item(),
+                      "cost_loss": stored["cost_loss"], "temperature": model.temperature().item(),
                       "parameters": golden.checksums(dict(model.named_parameters()))})
     return {"settings": more, "steps": steps}
 

@@ -500,6 +500,7 @@ def test_three_updates_agree_with_osrl():
 def test_the_default_mode_differs_from_osrl():
     learner, batch = recorded_learner("default"), numbered(0)
     said = learner.predicted(batch)
-    ours = {"policy": learner.policy_loss(batch), "entropy": learner.entropy(batch, said), "cost": learner.cost_loss(batch, said)}
+    ours = {"policy": learner.policy_loss(batch), "entropy": learner.entropy(batch, said),
+            "cost_loss": learner.cost_loss(batch, said)}
     for name, value in ours.items():
         assert value.item() != pytest.approx(RECORDED["steps"][0][name], rel=1e-2), name

@@ -155,6 +155,10 @@ class CDT(Learner):
         z = (batch.action - said.mean) * (-said.log_std).exp()
         return self.per_action(-z.square() / 2 - said.log_std - math.log(2 * math.pi) / 2)
 
+    def action_density(self, batch: Windows) -> tuple[Tensor, Tensor]:     # mean and log-std of the actions, without dropout
+        said = self.predict(batch.ret, batch.cost_to_go, batch.obs, batch.action, batch.t)
+        return said.mean, said.log_std
+
     def entropy(self, batch: Windows, said: Prediction) -> Tensor:         # [R], of the normal distribution
         return masked_mean(self.per_action(said.log_std + (1 + math.log(2 * math.pi)) / 2), batch.mask)
 
@@ -196,7 +200,7 @@ class CDT(Learner):
         if self.cfg.adapt_temperature:
             self.minimise("temperature", loss, extra)
         return {**out, "entropy": entropy, "likelihood": masked_mean(self.likelihood(batch, said), batch.mask).detach(),
-                "cost": self.cost_loss(batch, said).detach(), "temperature": self.temperature.log.detach().exp()[:, 0]}
+                "cost_loss": self.cost_loss(batch, said).detach(), "temperature": self.temperature.log.detach().exp()[:, 0]}
 
 
 class Episodes:
