@@ -97,11 +97,13 @@ def test_the_actor_climbs_value_where_safe_and_descends_cost_where_not(cost, sig
 
 
 def test_acting_is_the_squashed_mean_and_a_clone_learns_the_data():
-    """Cloned to a = .5, the actor acts .5: the median of its actions."""
-    learner, batch = one_replica(vae_steps=400, lr_actor=0.02), row()._replace(action=torch.full((1, 1, 1), 0.5))
+    """Cloned to a = .5, the actor acts .5: the median of its actions. It acts by the average of its weights."""
+    learner, batch = one_replica(vae_steps=400, lr_actor=0.02, tau=1.0), row()._replace(action=torch.full((1, 1, 1), 0.5))
     for _ in range(400):
         learner.minimise("actor", learner.clone_loss(batch))
         learner.minimise("vae", learner.vae_loss(batch))
+    assert learner.act(batch.obs, torch.Generator()).item() != pytest.approx(0.5, abs=0.05)
+    learner.polyak("actor")
     assert learner.act(batch.obs, torch.Generator()).item() == pytest.approx(0.5, abs=0.05)
     assert torch.equal(learner.act(batch.obs, torch.Generator()), learner.actor(batch.obs)[0].tanh())
 

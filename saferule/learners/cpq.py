@@ -18,6 +18,8 @@ Deviations  (mode='default'; each is ours unless noted)
             7. both targets stop at terminal rows, bootstrap through time-outs, and take the mean action, the one acted
                (OSRL: a sample each): a policy as wide as the data looks unsafe by its own noise
             8. for the first `vae_steps` steps the VAE is fitted, and the actor to the data; standardised units
+            9. a Polyak average of the actor's weights acts (OSRL: the last ones): the last ones jump from safe to
+               unsafe and back
 Shapes      R replicas, B batch, E heads, K sampled actions; every batch field is [R, B, ...]
 """
 from __future__ import annotations
@@ -52,7 +54,8 @@ class CPQ(Learner):
         self.own("vae", VAE(gens, self.n_obs, n_act, cfg.vae_hidden), target=False)
         self.own("critic", Critic(gens, self.n_obs, n_act, cfg.hidden, cfg.heads))
         self.own("cost_critic", Critic(gens, self.n_obs, n_act, cfg.hidden, cfg.heads))
-        self.own("actor", SquashedGaussian(gens, self.n_obs, n_act, cfg.hidden), target=False)
+        self.own("actor", SquashedGaussian(gens, self.n_obs, n_act, cfg.hidden), target=not self.parity)
+        self.averaged = ("critic", "cost_critic") + ("actor",) * (not self.parity)
         self.register_buffer("log_alpha", torch.full((self.replicas, 1), math.log(cfg.alpha)))     # weight of the strange term
         self.register_buffer("worst", torch.zeros(self.replicas, 1))                               # value of an unsafe action
 
@@ -80,8 +83,9 @@ class CPQ(Learner):
         return value if self.parity else value - self.cfg.retreat * (qc - self.qc_limit).clamp(min=0)
 
     @torch.no_grad()
-    def act(self, obs: Tensor, generator: torch.Generator) -> Tensor:          # the squashed mean
-        return self.actor(self.standardise(obs))[0].tanh()
+    def act(self, obs: Tensor, generator: torch.Generator) -> Tensor:          # the squashed mean, of the averaged actor
+        actor = self.actor if self.parity else self.actor_target
+        return actor(self.standardise(obs))[0].tanh()
 
     @torch.no_grad()
     def value(self, obs: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -172,6 +176,6 @@ class CPQ(Learner):
         self.ascend_alpha(short)
         q, qc = values = self.policy_values(batch.obs)
         out["actor"] = self.minimise("actor", self.actor_loss(batch, values), extra)
-        self.polyak("critic", "cost_critic")
+        self.polyak(*self.averaged)
         return {**out, "q": q.detach().mean(-1), "qc": qc.detach().mean(-1), "short": short,
                 "safe": (qc <= self.qc_limit).float().mean(-1), "alpha": self.log_alpha[:, 0].exp()}
