@@ -146,12 +146,12 @@ class COptiDICEConfig:
     hidden: tuple[int, ...] = (64, 64)
     lr: float = 1e-3                   # of nu and chi
     lr_actor: float = 1e-3
-    lr_scalar: float = 1e-3            # of multiplier and temperature
+    lr_scalar: float = 1e-2            # of multiplier and temperature
     gamma: float = 0.99
-    alpha: float = 0.5                 # weight of the divergence from the data's distribution
+    alpha: float = 0.1                 # weight of the divergence from the data's distribution
     divergence: str = "softchi"        # its f: one of DIVERGENCES
     heads: int = 2                     # of nu and chi
-    kl_limit: float = 0.01             # of the weights that overestimate the cost; 0: no overestimate
+    kl_limit: float = 0.3              # of the weights that overestimate the cost; 0: no overestimate (OSRL: 0.01)
     noise: float = 0.1                 # on the actor's observations and actions, in units of the data's std
     clip: float = 0.99                 # actions beyond are taken for this where their tanh is undone
     standardise: bool = True           # observations by mean and std, rewards by their 98% quantile
@@ -340,7 +340,7 @@ PROFILES: dict[str, Profile] = {
                          "vae_hidden": 400, "gamma": 0.99, "tau": 0.005, "samples": 10, "match_samples": 10},
             "cpq": {"steps": 100_000, "vae_steps": 0, "batch": 512, "hidden": (256, 256), "vae_hidden": 400, "lr_actor": 1e-4,
                     "gamma": 0.99, "tau": 0.005, "samples": 10},
-            "coptidice": {"steps": 100_000, "batch": 512, "hidden": (256, 256), "lr": 1e-4, "lr_actor": 1e-4, "lr_scalar": 1e-4},
+            "coptidice": {"steps": 100_000, "batch": 512, "hidden": (256, 256), "lr": 1e-4, "lr_actor": 1e-4, "lr_scalar": 1e-3},
             "cdt": {"steps": 100_000, "batch": 2048, "context": 10, "width": 128, "layers": 3, "attention_heads": 8, "dropout": 0.1,
                     "lr": 1e-4, "warm_up": 500},
             **dict.fromkeys(BC_NAMES, {"steps": 100_000, "batch": 512, "hidden": (256, 256), "tau": 0.005}),

@@ -13,7 +13,7 @@ from saferule.config import CONFIGS, DIVERGENCES, UNLEARNER_NAMES, COptiDICEConf
 from saferule.data import Batch, Rows, Units
 from saferule.errors import UserError
 from saferule.learners.coptidice import F_OF, COptiDICE, StartSampler, Terms
-from saferule.unlearning import unlearn
+from saferule.unlearning import missing_losses, unlearn
 
 RECORDED = json.loads((Path(__file__).parent / "data" / "osrl_coptidice.json").read_text())
 MODES = ("default", "parity")
@@ -29,7 +29,8 @@ def constant(net, values):
 
 def small(mode="default", limit=0.5, replicas=1, horizon=10, **cfg):
     """A learner of one observation and one action whose cost limit is `limit` a step."""
-    cfg = COptiDICEConfig(**{"mode": mode, "hidden": (8, 8), "gamma": 0.9, "noise": 0.0, "divergence": "chi2", **cfg})
+    cfg = COptiDICEConfig(**{"mode": mode, "hidden": (8, 8), "gamma": 0.9, "noise": 0.0, "divergence": "chi2", "alpha": 0.5,
+                             "kl_limit": 0.01, **cfg})
     units = Units(torch.zeros(replicas, 1), torch.ones(replicas, 1), torch.ones(replicas))
     kappa = limit * (1 - cfg.gamma**horizon) / (1 - cfg.gamma)
     learner = COptiDICE(cfg, units, torch.full((replicas,), kappa), list(range(replicas)), 1, horizon).ready()
@@ -336,7 +337,7 @@ def test_probe_a_tight_limit_takes_the_cheap_arm():
     learner, out, dear, cheap = two_arms(limit=0.1)
     assert torch.allclose(dear, torch.full((2,), 0.2), atol=0.05)
     assert torch.allclose(cheap, torch.full((2,), 1.8), atol=0.1)
-    assert torch.allclose(out["qc"], torch.full((2,), 0.1), atol=0.02)
+    assert torch.allclose(out["cost_rate"], torch.full((2,), 0.1), atol=0.02)
     assert (learner.multiplier() > 0.5).all()
     assert (learner.act(torch.zeros(2, 1, 1)) < -0.2).all()
 
@@ -387,16 +388,18 @@ def test_replicas_may_have_limits_of_their_own(pool):
 
 @pytest.mark.parametrize("method", UNLEARNER_NAMES)
 def test_unlearners_that_push_critics_refuse_it_in_one_line(pool, method):
-    """It has no Q-critics: Safe-RULE and gradient ascent have nothing to push. Fine-tuning works."""
+    """It has no Q-critics: Safe-RULE and its like have nothing to push. Fine-tuning works."""
     rows, forget = [pool.rows("clean")], [Rows(torch.arange(3, 9), torch.ones(6))]
     learner = make_learner(pool, rows, learner="coptidice")
+    assert bool(missing_losses(method, learner)) != (method == "finetune")
     before, cfg = learner.weights(), replace(CONFIGS[method], steps=3)
     if method == "finetune":
         unlearn(learner, pool, rows, forget, method, cfg)
         assert any(not torch.equal(v, before[k]) for k, v in learner.weights().items())
         return
-    with pytest.raises(UserError, match=f"method '{method}' works on a learner's critics, but COptiDICE has no critic; use 'fine"):
+    with pytest.raises(UserError, match=f"method '{method}' works on .*, but COptiDICE has no .*; use 'finetune'.$"):
         unlearn(learner, pool, rows, forget, method, cfg)
+    assert all(torch.equal(v, before[k]) for k, v in learner.weights().items())
 
 
 # ------------------------------------------------------------------------------------------------------------- golden

@@ -213,5 +213,5 @@ class COptiDICE(Learner):
             w = self.ratio(batch)[2]                               # of the new nu and the old multiplier
         out["multiplier"] = self.minimise("multiplier", self.multiplier_loss(batch, terms), extra)
         out["actor"] = self.minimise("actor", self.actor_loss(batch, w), extra)
-        return {**out, "lam": lam, "tau": tau, "kl": self.divergence(terms.p.detach()), "qc": self.cost_rate(batch, terms),
+        return {**out, "lam": lam, "tau": tau, "kl": self.divergence(terms.p.detach()), "cost_rate": self.cost_rate(batch, terms),
                 "w": w.mean(-1)}
