@@ -28,17 +28,98 @@ class DataConfig:
 # ------------------------------------------------------------------------------------------------------------ attacks
 
 
+DONOR_SOURCES = ("held-out", "data")
+
+
 @dataclass(frozen=True)
 class InjectConfig:
     """Trajectory injection: risky episodes that pretend to be safe and better (algorithms.md C.5)."""
     budget: float = 0.10               # injected episodes / all episodes afterwards
     bonus: float = 0.5                 # added to every injected reward, in units of its 98% quantile
+    source: str = "held-out"           # held-out: rollouts that are not in the data, where there are any | data: its own episodes
+
+
+FLIP_SELECTIONS = ("best", "random")
 
 
 @dataclass(frozen=True)
 class LabelFlipConfig:
     """The costs of the best risky episodes are set to zero (algorithms.md C.3)."""
+    budget: float = 0.10               # relabelled episodes / all episodes (random: rows / all rows)
+    select: str = "best"               # best: whole episodes by return | random: rows
+    inverse: bool = False              # safe episodes or rows are declared dangerous instead
+    seed: int = 0                      # random
+
+
+REWARD_GOALS = ("unsafe", "drop")
+
+
+@dataclass(frozen=True)
+class RewardPoisonConfig:
+    """Rewards say that danger pays, or that good actions do not (algorithms.md C.4)."""
+    budget: float = 0.10               # changed rows / all rows
+    rho: float = 0.5                   # size of a change, in units of the rewards' range (0.1% to 99.9%)
+    total: float = 0.25                # the changes add up to at most this share of the sum of |reward|; else all are scaled down
+    goal: str = "unsafe"               # unsafe: up on rows that cost, down on others | drop: down on good actions, up on bad ones
+    gamma: float = 0.97                # drop: discount of the return that tells good from bad
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class OutliersConfig:
+    """Safe-looking outliers: the best risky episodes get few costs and more reward (DSRL's outlier filter, algorithms.md A.7)."""
     budget: float = 0.10               # relabelled episodes / all episodes
+    gain: float = 1.5                  # reward becomes reward + (gain - 1) |reward|
+    seed: int = 0
+
+
+CORRUPTIBLE, TURNABLE = ("obs", "action", "reward", "cost"), ("reward", "cost")
+
+
+@dataclass(frozen=True)
+class RandomCorruptionConfig:
+    """Noise on random rows (algorithms.md C.0)."""
+    budget: float = 0.10               # changed rows / all rows (a state also changes in the row before)
+    fields: tuple[str, ...] = CORRUPTIBLE
+    radius: float = 1.0                # of the noise, in units of each entry's standard deviation
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class AdversarialCorruptionConfig:
+    """Labels of random rows turned round: good is called bad, safe is called dangerous."""
+    budget: float = 0.10               # changed rows / all rows
+    fields: tuple[str, ...] = TURNABLE
+    scale: float = 1.0                 # reward becomes -scale x reward
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ConstantActionConfig:
+    """Added episodes in which every action is the same (algorithms.md C.7)."""
+    budget: float = 0.05               # added episodes / all episodes afterwards
+    factor: float = 1.5                # the action is this times the mean of all action entries
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """Control: the rows of another attack, changed by as much, in a random direction (algorithms.md C.7)."""
+    like: str = "random_corruption"    # the attack; it has to work in place
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)      # of that attack, where not its defaults
+    budget: float = 0.10               # of that attack
+    seed: int = 0
+
+
+FORGET_UNITS = ("trajectory", "row")
+
+
+@dataclass(frozen=True)
+class CleanForgetConfig:
+    """Controls: honest rows are marked, or replaced by equal copies (algorithms.md C.7)."""
+    budget: float = 0.10               # marked episodes / all episodes (or rows)
+    unit: str = "trajectory"           # trajectory | row
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -198,7 +279,7 @@ class CDTConfig:
     least_left: int = 10               # ... with at least so many left (both default only)
     cheap: float = 70.0                # parity: episodes are drawn with weight max(0, cheap - their cost)
     spend: float = 0.5                 # when acting this share of the limit is asked for as cost (default only) ...
-    ask: float = 1.0                   # ... and this share of the data's best return at that cost as return
+    ask: float = 0.9                   # ... and this share of the data's best return at that cost as return
     standardise: bool = True           # observations by mean and std, rewards by their 98% quantile
     reward_scale: float = 1.0          # used when standardise is off (OSRL: 0.1)
     gamma = 1.0                        # no setting: returns are not discounted
@@ -219,6 +300,58 @@ class GradientAscentConfig:
     steps: int = 400
     ascent_steps: int = 200
     beta: float = 1.0                  # weight of the ascent
+    guards: bool = False               # off: unbounded, as published
+    clip: float = 1.0                  # guards: bound of the norm of the ascent's gradient, per replica
+    stop: float = 3.0                  # guards: the ascent ends at this many times the checkpoint's error on forget rows
+
+
+@dataclass(frozen=True)
+class RandomRelabelConfig:
+    """Ordinary training on retain rows and forget rows with other rewards and costs (algorithms.md D.4)."""
+    steps: int = 400
+    rewards: str = "uniform"           # uniform: between the retain rows' extremes | ramp: TrajDeleter's baseline, by episode
+
+
+@dataclass(frozen=True)
+class TrajDeleterConfig:
+    """Forget rows made worthless in turns with retain rows, then convergence towards the original (algorithms.md D.5)."""
+    steps: int = 400
+    rounds: int = 4                    # of a block on retain rows and one on forget rows ...
+    block: int = 40                    # ... of so many steps each; convergence follows (published: 1000, of 10,000 steps)
+    flip_costs: bool = True            # costs of forget rows become c_max - c (ours)
+    anchor: str = "original"           # original: its values on all retain rows | far: on those far from forget rows | off
+    anchor_weight: float = 0.1
+
+
+@dataclass(frozen=True)
+class EarlySafeRULEConfig:
+    """The early public Safe-RULE code: critics by ascent, actor by advantage gaps (algorithms.md D.6)."""
+    steps: int = 400
+    unlearn_steps: int = 200
+    mended: bool = False               # the actor's loss with its signs put right
+    eta: float = 1.0                   # mended: weight of the forget states in the actor's loss
+    rate: float = 0.1                  # of the learner's learning rates, in these steps (the code left them at 1e-4)
+    samples: int = 10                  # actions of the policy in an advantage
+    lam: str = "dual"                  # weight of the cost: dual | gradnorm | fixed
+    lam_start: float = 1.0
+    lr_lam: float = 0.1                # dual: ascent of the cost term ...
+    target: float = 10.0               # ... beyond this (mended: beyond the discounted limit)
+    lam_max: float = 10.0
+
+
+@dataclass(frozen=True)
+class NegativePreferenceConfig:
+    """The likelihood of forget actions falls, bounded (NPO, arXiv 2404.05868; algorithms.md D.8). For policies by likelihood."""
+    steps: int = 250
+    repel_steps: int = 150
+    weight: float = 0.5                # of the preference
+    beta: float = 0.1                  # its sharpness; towards 0 it becomes gradient ascent
+    dead_zone: float = 3.0             # rows whose log-ratio is below -dead_zone / beta are left alone
+    clip: float = 0.25                 # bound of the gradient's norm in the mean action, per row
+    spread: float = 0.1                # a deterministic policy counts as a normal one of this standard deviation
+    hinge: float = 1.0                 # weight of the push away from an action that is met exactly ...
+    margin: float = 0.2                # ... to this distance (1: the diagonal of the action space) ...
+    softness: float = 0.05             # ... within about this
 
 
 @dataclass(frozen=True)
@@ -276,16 +409,23 @@ class Thresholds:
 BC_NAMES = tuple("bc_" + select.replace("-", "") for select in BC_SELECTIONS)
 CONFIGS: dict[str, Any] = {                        # name -> defaults
     "data": DataConfig(), "evaluate": EvaluateConfig(), "thresholds": Thresholds(),
-    "inject": InjectConfig(), "label_flip": LabelFlipConfig(), "given": GivenConfig(),
+    "inject": InjectConfig(), "inject_data": InjectConfig(source="data"), "label_flip": LabelFlipConfig(),
+    "label_flip_random": LabelFlipConfig(select="random"), "label_flip_inverse": LabelFlipConfig(inverse=True),
+    "reward_poison": RewardPoisonConfig(), "outliers": OutliersConfig(), "random_corruption": RandomCorruptionConfig(),
+    "adversarial_corruption": AdversarialCorruptionConfig(), "constant_action": ConstantActionConfig(), "noise": NoiseConfig(),
+    "clean_forget": CleanForgetConfig(), "noop": CleanForgetConfig(), "given": GivenConfig(),
     "bcq_lag": BCQLagConfig(), "bear_lag": BEARLagConfig(), "cpq": CPQConfig(),
     "coptidice": COptiDICEConfig(), "cdt": CDTConfig(),
     **{name: BCConfig(select=select) for name, select in zip(BC_NAMES, BC_SELECTIONS)},
     "finetune": FinetuneConfig(), "finetune_nstep": FinetuneNStepConfig(), "gradient_ascent": GradientAscentConfig(),
-    "saferule": SafeRULEConfig(),
+    "random_relabel": RandomRelabelConfig(), "trajdeleter": TrajDeleterConfig(), "early_saferule": EarlySafeRULEConfig(),
+    "negative_preference": NegativePreferenceConfig(), "saferule": SafeRULEConfig(),
 }
-ATTACK_NAMES = ("inject", "label_flip", "given")
+ATTACK_NAMES = ("inject", "inject_data", "label_flip", "label_flip_random", "label_flip_inverse", "reward_poison", "outliers",
+                "random_corruption", "adversarial_corruption", "constant_action", "noise", "clean_forget", "noop", "given")
 LEARNER_NAMES = ("bcq_lag", "bear_lag", "cpq", "coptidice", "cdt", *BC_NAMES)
-UNLEARNER_NAMES = ("finetune", "finetune_nstep", "gradient_ascent", "saferule")   # 'retrain' is a condition of the training run
+UNLEARNER_NAMES = ("finetune", "finetune_nstep", "gradient_ascent", "random_relabel", "trajdeleter", "early_saferule",
+                   "negative_preference", "saferule")          # 'retrain' is a condition of the training run
 STAGES = ("start", "data", "poison", "train", "unlearn", "evaluate", "table", "figures")
 
 
@@ -295,7 +435,7 @@ class Profile:
     seeds: tuple[int, ...]
     learners: tuple[str, ...] = ("bcq_lag",)
     attacks: tuple[str, ...] = ("inject", "label_flip")
-    methods: tuple[str, ...] = UNLEARNER_NAMES
+    methods: tuple[str, ...] = ("finetune", "finetune_nstep", "gradient_ascent", "saferule")
     config: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)     # diffs: name -> {key: value}
     learning_curve: tuple[float, ...] = ()             # shares of the training at which weights are kept and rolled out
     notebooks: tuple[str, ...] = ("00_start_here", "10_table_main", "20_figures")          # what a run ends with
@@ -322,6 +462,10 @@ PROFILES: dict[str, Profile] = {
             "finetune": {"steps": 90},
             "finetune_nstep": {"steps": 90, "suppress_steps": 60, "tau": 0.1},
             "gradient_ascent": {"steps": 90, "ascent_steps": 45},
+            "random_relabel": {"steps": 90},
+            "trajdeleter": {"steps": 90, "block": 9},
+            "early_saferule": {"steps": 90, "unlearn_steps": 45},
+            "negative_preference": {"steps": 60, "repel_steps": 30},           # the transformer trains 600 steps
             "saferule": {"steps": 90, "suppress_steps": 60, "gate_steps": 100, "tau": 0.1},
             "evaluate": {"episodes": 3, "curve_episodes": 1},
         }),
@@ -347,6 +491,10 @@ PROFILES: dict[str, Profile] = {
             "finetune": {"steps": 10_000},
             "finetune_nstep": {"steps": 10_000, "suppress_steps": 5_000},
             "gradient_ascent": {"steps": 10_000, "ascent_steps": 5_000},
+            "random_relabel": {"steps": 10_000},
+            "trajdeleter": {"steps": 10_000, "block": 1_000},
+            "early_saferule": {"steps": 10_000, "unlearn_steps": 5_000},
+            "negative_preference": {"steps": 10_000, "repel_steps": 5_000},
             "saferule": {"steps": 10_000, "suppress_steps": 5_000},
             "evaluate": {"episodes": 20},
         }),

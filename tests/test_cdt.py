@@ -361,7 +361,7 @@ def test_tokens_by_hand():
 def test_best_return_by_cost_by_hand():
     """Episodes cost 3, 1, 1 and 8 and return 5, 2, 4 and 9; a limit below 1 gets the cheapest ones' best."""
     pool = pool_of([[5, 0], [2, 0], [0, 4], [9, 0]], [[3, 0], [1, 0], [0, 1], [0, 8]])
-    learner = one(R=2, horizon=6, spend=1.0)
+    learner = one(R=2, horizon=6, spend=1.0, ask=1.0)
     learner.measure(pool, [rows(*range(8)), rows(0, 1, 6, 7)])
     assert learner.best_return.tolist() == [[4, 4, 4, 5, 5, 5, 5], [5, 5, 5, 5, 5, 5, 5]]
     learner.qc_limit.copy_(torch.tensor([[2.5], [20.0]]))
@@ -375,7 +375,7 @@ def test_best_return_by_cost_by_hand():
 
 @pytest.mark.parametrize("mode", ["default", "parity"])
 def test_acting_with_a_memory_equals_the_forward_pass_on_what_happened(mode):
-    learner = one(mode, R=2, horizon=20)
+    learner = one(mode, R=2, horizon=20, spend=0.5, ask=1.0)
     with torch.no_grad():
         for i, p in enumerate(learner.policy.parameters()):
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
@@ -409,7 +409,7 @@ def test_the_limit_when_acting_decides():
     pool = pool_of([[1 + 3 * g] * 5 for g in good], [[8 * g] * 5 for g in good], action=np.repeat(good - 0.5, 5)[:, None])
     pool.columns["obs"] = torch.zeros_like(pool.obs)
     both = [pool.rows("clean")] * 2
-    learner = CDT(CDTConfig(width=8, context=2, batch=16, lr=0.01, warm_up=1, spend=1.0), measure_units(pool, both),
+    learner = CDT(CDTConfig(width=8, context=2, batch=16, lr=0.01, warm_up=1, spend=1.0, ask=1.0), measure_units(pool, both),
                   torch.full((2,), 40.0), [0, 1], 1, 5).ready()
     learner.measure(pool, both)
     sampler, stream = learner.sampler(pool, both), torch.Generator().manual_seed(0)
