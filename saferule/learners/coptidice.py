@@ -12,9 +12,12 @@ Deviations  (mode='default'; each is ours unless noted)
                nowhere in the data, so nothing keeps its nu from falling without bound: on BallRun the policy then stays
                where it started (return 32 to 101)
             4. initial states come in a batch of their own (the paper's code)
-            5. a wide `kl_limit`: the cost bound is met by mixing safe rows with unsafe ones, and the mean action of the
-               mixture, the one acted, is unsafe; a pessimistic estimate of the cost leaves few unsafe rows to be mixed in
+            5. a wide `kl_limit`: the limit is met by mixing safe rows with unsafe ones, and the mean action of the mixture, the
+               one acted, is unsafe; a pessimistic estimate of the cost leaves few unsafe rows to be mixed in (BallRun, cost
+               per episode at limit 20: 86/82/85 with .1, 2/31/0 with .3)
             6. standardised observations, rewards divided by their 98% quantile
+Limits      The constraint is on the weighted data, not on the policy cloned from them: on CarRun these keep to the speed limit
+            (99% at or under 1.50, cost per step .001), the multiplier sees nothing amiss, and the policy drives at 1.57
 Shapes      R replicas, B batch, E heads; every batch field is [R, B, ...]
 """
 from __future__ import annotations
