@@ -1,9 +1,10 @@
 """Record golden updates from a checkout of OSRL: `python benchmarks/record_osrl.py --osrl PATH [--out tests/data]`.
 
 Three consecutive updates of OSRL's learners from weights, batches and noise made by fixed formulas (tests/golden.py): losses,
-multipliers, and checksums of every parameter; and which rows its behaviour cloning selects. OSRL's logger is replaced by an empty
-module and its Pareto package by a few lines of our own; none of its code is copied. Re-recording with revision 03a4586
-reproduces the committed files up to the last digits of float32.
+multipliers, and checksums of every parameter; which rows its behaviour cloning selects; and the layout and settings of the
+checkpoints that it saves, with what such a model does. OSRL's logger is replaced by an empty module and its Pareto package by a
+few lines of our own; none of its code is copied. Re-recording with revision 03a4586 reproduces the committed files up to the
+last digits of float32.
 """
 from __future__ import annotations
 

@@ -172,18 +172,20 @@ def test_crafted_pickles_are_refused(path, code, match):
     refused(forged(path, code), match)
 
 
-def tensor_code(storage=b"ctorch\nFloatStorage\n", key=b"0", count=6, offset=0, shape=(2, 3), stride=(3, 1)) -> bytes:
+def tensor_code(storage=b"ctorch\nFloatStorage\n", key=b"0", count=6, offset=0, shape=(2, 3), stride=(3, 1), on=b"cpu") -> bytes:
     """A pickle by hand: {'model_state': {'w': one tensor}}."""
     text = lambda b: b"X" + struct.pack("<I", len(b)) + b
     whole = lambda n: b"\x8a" + bytes([len(raw := n.to_bytes(n.bit_length() // 8 + 1, "little", signed=True))]) + raw
     many = lambda ns: b"(" + b"".join(map(whole, ns)) + b"t"
-    reference = b"(" + text(b"storage") + storage + text(key) + text(b"cpu") + whole(count) + b"tQ"
+    reference = b"(" + text(b"storage") + storage + text(key) + text(on) + whole(count) + b"tQ"
     call = b"ctorch._utils\n_rebuild_tensor_v2\n(" + reference + whole(offset) + many(shape) + many(stride) + b"\x89}tR"
     return HEAD + b"}" + text(b"model_state") + b"}" + text(b"w") + call + b"ss."
 
 
-def test_the_crafted_tensor_is_read_when_it_is_honest(path):
-    assert read_torch(forged(path, tensor_code()), "model_state")[0]["w"].tolist() in ([[0, 1, 2], [3, 4, 5]],)
+@pytest.mark.parametrize("on", [b"cpu", b"cuda:2"])
+def test_the_crafted_tensor_is_read_when_it_is_honest(path, on):
+    """Wherever it lay when it was saved."""
+    assert read_torch(forged(path, tensor_code(on=on)), "model_state")[0]["w"].tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 @pytest.mark.parametrize("how, match", [
@@ -270,8 +272,8 @@ def test_other_files_are_refused(path):
         refused(path, "is not a file of torch.save|is damaged|holds")
     path.unlink()
     refused(path, "is missing")
-    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), path)
-    refused(path, "which torch.save never does")                             # TorchScript has code in it, compressed
+    script = {"code/__torch__/linear.py": b"", "constants.pkl": b"\x80\x02)."}   # TorchScript has code in it
+    refused(forged(path, HEAD + b"c__torch__.linear\nLinear\n)\x81.", script), "holds '__torch__.linear.Linear'")
 
 
 def test_values_that_are_not_finite_are_refused(path):
