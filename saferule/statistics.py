@@ -24,9 +24,26 @@ METHODS = {                            # order and names of the methods, everywh
     "random_relabel": "Random relabelling",
     "trajdeleter": "TrajDeleter",
     "early_saferule": "Early Safe-RULE code",
+    "negative_preference": "Negative preference",
     "saferule": "Safe-RULE",
 }
-ATTACKS = {"none": "no attack", "inject": "injection", "label_flip": "label flip", "given": "given data"}
+ATTACKS = {                            # order and names of the attacks, everywhere
+    "none": "no attack",
+    "inject": "injection",
+    "inject_data": "injection from the data",
+    "label_flip": "label flip",
+    "label_flip_random": "label flip, random rows",
+    "label_flip_inverse": "label flip, inverse",
+    "reward_poison": "reward poisoning",
+    "outliers": "safe-looking outliers",
+    "random_corruption": "random corruption",
+    "adversarial_corruption": "adversarial corruption",
+    "constant_action": "constant action",
+    "noise": "noise control",
+    "clean_forget": "clean-forget control",
+    "noop": "no-op control",
+    "given": "given data",
+}
 CASE = ["task", "learner", "attack", "cost_limit"]      # what is compared among methods
 KEYS = [*CASE, "method", "seed"]                          # what tells models apart
 COLUMNS = ["task", "learner", "attack", "method", "seed", "return_mean", "cost_mean", "return_norm", "cost_norm", "violation_rate",

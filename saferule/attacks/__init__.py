@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..config import one_of
+from ..config import ATTACK_NAMES, one_of
 from ..data import Pool
 
 Result = tuple[Pool, dict[str, Any], pd.DataFrame]     # what `poison` returns
@@ -17,17 +17,18 @@ Result = tuple[Pool, dict[str, Any], pd.DataFrame]     # what `poison` returns
 class Threat:
     """What an attacker can do (algorithms.md C.0); written into the manifest and enforced by tests."""
     fields: tuple[str, ...]            # columns that may differ from honest data
-    unit: str                          # what the budget counts: row | trajectory
-    knowledge: str                     # none | data | held-out rollouts
+    unit: str                          # what the budget counts: row | state | trajectory
+    knowledge: str                     # none | data | held-out rollouts | surrogate
     placement: str                     # in place (stands in for original rows) | appended
     tier: str                          # T0 naive, T1 chain-consistent, T2 dynamics-consistent
-    goal: str                          # unsafe | reward-drop | over-conservative | triggered
+    goal: str                          # unsafe | reward-drop | over-conservative | triggered | control
+    bound: str = "none"                # how far a changed value may lie from the honest one
 
 
 @dataclass(frozen=True)
 class Attack:
     threat: Threat
-    run: Callable[..., Result]         # (pool, cfg, donors=, cost_limit=), returns as `poison`
+    run: Callable[..., Result]         # (pool, cfg, name, donors, cost_limit), returns as `poison`
     sentence: str                                       # what it does, for a reader
 
 
@@ -40,7 +41,7 @@ def poison(pool: Pool, attack: str, cfg: Any, donors: Pool | None = None,
     Raises UserError if the attack is unknown or cannot be mounted on these data.
     """
     chosen = ATTACKS[one_of("attack", attack, ATTACKS)]
-    poisoned, facts, truth = chosen.run(pool, cfg, donors=donors, cost_limit=cost_limit)
+    poisoned, facts, truth = chosen.run(pool, cfg, attack, donors, cost_limit)
     return poisoned, {"attack": attack, "threat": asdict(chosen.threat), **facts}, truth
 
 
@@ -49,6 +50,17 @@ def truth_of(episodes: pd.DataFrame) -> pd.DataFrame:
     return episodes[["episode", "ret", "cost"]].rename(columns={"ret": "true_ret", "cost": "true_cost"}).reset_index(drop=True)
 
 
-from . import given, inject, label_flip  # noqa: E402  (they need Attack and Threat)
+ATTACKS: dict[str, Attack] = {}                        # filled below: the controls look others up in it
 
-ATTACKS: dict[str, Attack] = {"inject": inject.ATTACK, "label_flip": label_flip.ATTACK, "given": given.ATTACK}
+from . import constant_action, controls, corruption, given, inject, label_flip, outliers, reward  # noqa: E402  (they need the above)
+
+ATTACKS |= {
+    "inject": inject.ATTACK, "inject_data": inject.FROM_DATA,
+    "label_flip": label_flip.ATTACK, "label_flip_random": label_flip.RANDOM, "label_flip_inverse": label_flip.INVERSE,
+    "reward_poison": reward.ATTACK, "outliers": outliers.ATTACK,
+    "random_corruption": corruption.RANDOM, "adversarial_corruption": corruption.ADVERSARIAL,
+    "constant_action": constant_action.ATTACK,
+    "noise": controls.NOISE, "clean_forget": controls.CLEAN_FORGET, "noop": controls.NOOP,
+    "given": given.ATTACK,
+}
+assert tuple(ATTACKS) == ATTACK_NAMES

@@ -30,14 +30,14 @@ def read_forget_file(path: str | Path, n_rows: int) -> Rows:
     return forget_rows(frame["row"].to_numpy(dtype="int64"), n_rows, weight, where=str(path))
 
 
-def run(pool: Pool, cfg: GivenConfig, donors: Pool | None = None, cost_limit: float = 20.0) -> Result:
+def run(pool: Pool, cfg: GivenConfig, name: str, donors: Pool | None, cost_limit: float) -> Result:
     if not cfg.forget_file:
         raise UserError("given: name the rows to forget with overrides={'forget_file': 'PATH.csv'} (column 'row').")
     forget = read_forget_file(cfg.forget_file, len(pool))
     facts = {"rows": len(forget.ids), "episodes": int(pool.episode[forget.ids].unique().numel()),
              "forget_file": Path(cfg.forget_file).name,
              "threat": asdict(replace(THREAT, fields=("cost",) if cfg.forged_costs else ()))}
-    return pool.append("given", {}, forget), facts, truth_of(pool.episodes().head(0))
+    return pool.append(name, {}, forget), facts, truth_of(pool.episodes().head(0))
 
 
 THREAT = Threat(fields=(), unit="row", knowledge="none", placement="in place", tier="unknown", goal="unsafe")

@@ -5,45 +5,48 @@ are the best of held-out risky rollouts (`donors`) by return; without any, the b
 """
 from __future__ import annotations
 
-import numpy as np
-import torch
+from dataclasses import asdict, replace
 
-from ..config import InjectConfig
+import numpy as np
+
+from ..config import DONOR_SOURCES, InjectConfig, one_of
 from ..data import FIELDS, Pool
 from ..errors import UserError
 from . import Attack, Result, Threat, truth_of
+from .shared import as_new_episodes, best_risky, rows_of_episodes
 
 
-def run(pool: Pool, cfg: InjectConfig, donors: Pool | None = None, cost_limit: float = 20.0) -> Result:
+def run(pool: Pool, cfg: InjectConfig, name: str, donors: Pool | None, cost_limit: float) -> Result:
     """Appends round(n budget / (1 - budget)) episodes to n, those of highest true return above the cost limit.
 
     Their reward += bonus x the 98% quantile of |reward|, their cost := 0.
     """
+    held_out = one_of(f"source of donors of {name}", cfg.source, DONOR_SOURCES) == "held-out" and donors is not None
+    source = donors if held_out else pool
     n = len(pool.episodes("clean"))
+    if not 0 < cfg.budget < 1:
+        raise UserError(f"{name}: a budget of {cfg.budget:g} cannot be spent; choose one between 0 and 1.")
     wanted = round(n * cfg.budget / (1 - cfg.budget))
-    source = donors if donors is not None else pool
-    episodes = source.episodes("clean")
-    risky = episodes[episodes.cost > cost_limit]
+    risky = best_risky(source, cost_limit)
     if wanted < 1 or len(risky) < wanted:
-        raise UserError(f"inject: {wanted} risky episodes are wanted (budget {cfg.budget:g} of {n}) but only {len(risky)} donors "
+        raise UserError(f"{name}: {wanted} risky episodes are wanted (budget {cfg.budget:g} of {n}) but only {len(risky)} donors "
                         f"exceed the cost limit {cost_limit:g}; lower the budget or collect more donors (data.donors).")
-    best = risky.sort_values(["ret", "episode"], ascending=[False, True]).head(wanted)
-    chosen = torch.tensor(sorted(best.episode))
-    rows = torch.isin(source.episode, chosen).nonzero().squeeze(-1)
-    columns = {k: source.columns[k][rows].clone() for k in (*FIELDS, "episode", "t")}
+    best = risky.head(wanted)
+    columns = as_new_episodes(pool, source, rows_of_episodes(source, best.episode))
     bonus = cfg.bonus * float(np.quantile(pool.reward[pool.rows("clean").ids].abs().numpy(), 0.98))
-    facts = {"budget": cfg.budget, "realised_budget": wanted / (n + wanted), "episodes": wanted, "rows": len(rows),
+    facts = {"budget": cfg.budget, "realised_budget": wanted / (n + wanted), "episodes": wanted, "rows": len(columns["cost"]),
              "unsafe_rows_hidden": int((columns["cost"] > 0).sum()), "reward_bonus": bonus,
-             "donors": "held-out rollouts" if donors is not None else "the data's own risky episodes"}
+             "donors": "held-out rollouts" if held_out else "the data's own risky episodes",
+             "threat": asdict(THREAT if held_out else FROM_DATA.threat)}
     columns["cost"].zero_()
     columns["reward"] += bonus
-    columns["episode"] = int(pool.episode.max()) + 1 + torch.searchsorted(chosen, columns["episode"])
-    columns["replaces"] = torch.full((len(rows),), -1, dtype=torch.int64)
     truth = truth_of(best.sort_values("episode"))
     truth["episode"] = columns["episode"].unique().numpy()                     # their numbers in this pool
-    return pool.append("inject", columns), facts, truth
+    return pool.append(name, columns), facts, truth
 
 
-ATTACK = Attack(Threat(fields=FIELDS, unit="trajectory", knowledge="held-out rollouts", placement="appended", tier="T2",
-                       goal="unsafe"), run,
-                "New risky episodes are added, with zero cost and a reward bonus.")
+THREAT = Threat(fields=FIELDS, unit="trajectory", knowledge="held-out rollouts", placement="appended", tier="T2", goal="unsafe",
+                bound="true transitions; rewards raised by one constant, costs 0")
+ATTACK = Attack(THREAT, run, "New risky episodes are added, with zero cost and a reward bonus.")
+FROM_DATA = Attack(replace(THREAT, knowledge="data"), run,
+                   "The data's own best risky episodes are added once more, with zero cost and a reward bonus.")

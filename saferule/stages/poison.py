@@ -14,6 +14,7 @@ from ..config import ATTACK_NAMES, CONFIGS, one_of, resolve, with_overrides
 from ..data import Pool, check_columns, forget_rows
 from ..errors import UserError
 from ..tasks import Task
+from ..train import prepare_process
 
 
 def make_poison(task: Task, attack: str, profile: str, root: Path, overrides: Mapping[str, Any] | None = None) -> Artifact:
@@ -23,6 +24,7 @@ def make_poison(task: Task, attack: str, profile: str, root: Path, overrides: Ma
     facts.json (threat model and realised budget), poisoned_episodes.csv (ret and cost as the poisoned labels have them;
     for forged episodes also true_ret and true_cost, what really happened, where it is known).
     """
+    prepare_process()                                         # an attack may train a surrogate: the same bytes need one thread
     started, data = time.monotonic(), load("data", task.name, root)
     config = resolve(profile, "poison", task.name, attacks=(attack,), overrides=overrides)
     config["cost_limit"] = data.config["cost_limit"]          # the one that the data were made with, also where it is the user's

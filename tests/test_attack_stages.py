@@ -1,0 +1,59 @@
+"""Every attack through 02_poison's stage, on a little of the real BallRun: written, read back into one pool, the same again."""
+import json
+
+import pytest
+import torch
+
+from saferule.config import ATTACK_NAMES, CONFIGS
+from saferule.errors import UserError
+from saferule.stages.data import make_data
+from saferule.stages.poison import load_pool, make_poison
+from saferule.tasks import get_task
+
+TASK = get_task("BallRun")
+ATTACKS = [name for name in ATTACK_NAMES if name != "given"]
+TINY = {"surrogate_steps": 20}
+
+
+def tiny(attack):
+    return {k: v for k, v in TINY.items() if k in CONFIGS[attack].__dataclass_fields__}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs") / "runs" / "smoke"
+    make_data(TASK, "smoke", root, {"episodes": 40, "donors": 16})
+    return root
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_an_attack_goes_through_the_stage(attack, root):
+    made = make_poison(TASK, attack, "smoke", root, tiny(attack))
+    facts, episodes = made.json("facts.json"), made.table("poisoned_episodes.csv")
+    pool, inputs = load_pool(TASK, [attack], root)
+    assert inputs[f"poison:{attack}"].id == made.id
+    forget, retain = pool.rows(f"{attack}/forget").ids, pool.rows(f"{attack}/retain").ids
+    assert len(forget) == facts["rows"] > 0 and len(retain)
+    assert forget.tolist() == made.table("forget.csv")["row"].tolist()
+    assert 0 < facts["realised_budget"] <= facts["budget"] + 1 / 40
+    assert set(facts["threat"]) == {"fields", "unit", "knowledge", "placement", "tier", "goal", "bound"}
+    forged = episodes[episodes.origin > 0]
+    assert len(forged) == (0 if attack == "clean_forget" else facts["episodes"]) == forged.true_cost.notna().sum()
+    assert json.dumps(made.config)
+    assert make_poison(TASK, attack, "smoke", root, tiny(attack)).id == made.id           # the same bytes again
+
+
+def test_all_attacks_in_one_pool(root):
+    for attack in ATTACKS:
+        make_poison(TASK, attack, "smoke", root, tiny(attack))
+    pool, _ = load_pool(TASK, ATTACKS, root)
+    for attack in ATTACKS:
+        parts = [set(pool.rows(f"{attack}/{part}").ids.tolist()) for part in ("poisoned", "retain", "forget")]
+        assert parts[0] == parts[1] | parts[2] and not parts[1] & parts[2]
+    assert pool.rows("clean").ids.tolist() == list(range(int((pool.origin == 0).sum())))
+    assert bool(torch.isfinite(pool.obs).all())
+
+
+def test_a_setting_of_another_attack_is_refused(root):
+    with pytest.raises(UserError, match="setting of outliers 'bonus'"):
+        make_poison(TASK, "outliers", "smoke", root, {"bonus": 1.0})
