@@ -306,19 +306,37 @@ class Sampler:
         self.offset = torch.tensor(which, device=device)[:, None] * width                          # [R, 1] into the flat lists
         self.count = torch.tensor([len(r.ids) for r in rows], device=device)[:, None]
         self.batch, self.R = batch, R
-        self.long = None
+        self.long = self.upto = None
         if n_step > 1:
             sums = [n_step_sums(pool, lists[w].ids.to(device), n_step, gamma) for w in range(len(lists))]
             self.long = {k: torch.stack([pad(s[k]) for s in sums]).flatten() for k in sums[0]}
 
+    def draw_by_weight(self) -> Sampler:
+        """From now on draw rows in proportion to their weights: for losses that know none. Rows of weight 0 are never seen.
+
+        The weight of every row in a batch is then the mean of the replica's positive weights, so that the expectation of weight
+        times loss stays. Without weights nothing changes. Returns itself. Raises UserError if all weights are 0.
+        """
+        if self.weight is not None:
+            width = self.ids.shape[1]
+            weight = self.weight.double().view(-1, width)[self.offset[:, 0] // width]                            # [R, width]
+            upto = weight.cumsum(1)
+            if not bool((upto[:, -1] > 0).all()):
+                raise UserError("every row of a data condition has weight 0; nothing can be drawn from it.")
+            self.upto, self.last = upto.contiguous(), (upto < upto[:, -1:]).sum(1, keepdim=True)
+            self.trust = (upto[:, -1:] / (weight > 0).sum(1, keepdim=True)).float()
+        return self
+
     def _draw(self, generator: torch.Generator) -> Tensor:
         u = torch.rand(self.R, self.batch, generator=generator, device=self.packed.device, dtype=torch.float64)
+        if self.upto is not None:
+            return torch.searchsorted(self.upto, u * self.upto[:, -1:], right=True).clamp(max=self.last) + self.offset
         return (u * self.count).long().clamp_(max=self.count - 1) + self.offset                    # [R, B] flat positions
 
     def _batch(self, position: Tensor) -> Batch:
         flat = self.packed[self.ids.flatten()[position]]                                           # [R, B, D]
         obs, action, reward, cost, next_obs, done = ((flat - self.loc) * self.inv).split(self.split, -1)
-        weight = 1.0 if self.weight is None else self.weight[position]
+        weight = 1.0 if self.weight is None else self.weight[position] if self.upto is None else self.trust.expand(position.shape)
         obs, next_obs = self._in_context(obs, position), self._in_context(next_obs, position)
         return Batch(obs, action, reward[..., 0], cost[..., 0], next_obs, done[..., 0], 1.0, weight)
 

@@ -23,9 +23,9 @@ from .statistics import ATTACKS, CASE, COLUMNS, KEYS, METHODS, cases, in_order, 
 COLOURS = {                            # Okabe and Ito's palette and Tol's wine: told apart with any colour vision
     "clean": "#7F7F7F", "poisoned": "#D55E00", "retrain": "#000000", "finetune": "#E69F00", "finetune_nstep": "#8C6D1F",
     "gradient_ascent": "#CC79A7", "random_relabel": "#56B4E9", "trajdeleter": "#009E73", "early_saferule": "#882255",
-    "saferule": "#0072B2",
+    "negative_preference": "#999933", "saferule": "#0072B2",
 }
-MARKERS = dict(zip(METHODS, "sXDoPv^<>*"))
+MARKERS = dict(zip(METHODS, "sXDoPv^<>h*"))
 LIMIT = "#B00020"                      # the cost limit and whatever lies beyond it
 COST, RETURN = "cost per episode [unsafe steps]", "return per episode [sum of rewards]"
 STYLE = {

@@ -319,12 +319,13 @@ def fit(step: Callable[[int], dict[str, Tensor]], steps: int, learner: Learner, 
         log_every: int = 50, on_log: Callable[[int, Mapping[str, Tensor]], None] | None = None,
         snapshots: Mapping[int, Callable[[], None]] | None = None, resume: Resume | None = None,
         progress: Callable[[range], Any] = iter, boundaries: Sequence[int] | None = None,
-        kept: dict[int, dict[str, Tensor]] | None = None) -> History:
+        kept: dict[int, dict[str, Tensor]] | None = None, carried: Mapping[str, Tensor] | None = None) -> History:
     """Call `step(t)` for t = 0 .. steps - 1.
 
     step: one update including its sampling; returns scalars [R] by name. On CUDA it is captured as a graph.
     generators: every generator the step draws from (the learner's own is added); they are part of the saved state.
     snapshots: t -> called once t steps are done (0: before the first). kept: what they keep, so that it survives a kill.
+    carried: tensors that `step` changes in place beside the learner's own; they survive a kill as well.
     boundaries: values of t at which `step` changes its form (the learner's own by default).
     resume: where to keep the state; a run found there continues, and ends exactly as if it had never stopped.
     """
@@ -338,6 +339,8 @@ def fit(step: Callable[[int], dict[str, Tensor]], steps: int, learner: Learner, 
         for i, g in enumerate(generators):
             g.set_state(tensors[f"generator.{i}"])
         history.load(tensors, meta)
+        for name, value in (carried or {}).items():
+            value.copy_(tensors[f"carried.{name}"])
         for name, value in tensors.items():
             if name.startswith("kept."):
                 _, at, key = name.split(".", 2)
@@ -358,6 +361,7 @@ def fit(step: Callable[[int], dict[str, Tensor]], steps: int, learner: Learner, 
             blocks, meta = history.state()
             state = {f"learner.{k}": v for k, v in learner.full_state().items()}
             state.update({f"generator.{i}": g.get_state() for i, g in enumerate(generators)}, **blocks)
+            state.update({f"carried.{k}": v for k, v in (carried or {}).items()})
             state.update({f"kept.{at}.{k}": v for at, block in (kept or {}).items() for k, v in block.items()})
             resume.save(state, {"t": t + 1, **meta})
     if snapshots and steps in snapshots:

@@ -112,6 +112,17 @@ class WindowSampler:
         self.upto = chance.cumsum(1)[which].contiguous()                                                          # [R, n]
         self.last = torch.tensor([len(found.ids) - 1 for found in tracks], device=device)[which][:, None]
 
+    def start_where_weighted(self) -> WindowSampler:
+        """From now on every row of positive weight is as likely as any other to start a window. Returns itself.
+
+        Raises UserError if a replica has none in an episode whose end is known.
+        """
+        width = self.upto.shape[1]
+        self.upto = (self.weight > 0).double().view(-1, width).cumsum(1)[self.offset[:, 0] // width].contiguous()
+        if not bool((self.upto[:, -1] > 0).all()):
+            raise UserError("no row of positive weight lies in an episode whose end (a terminal or time-out row) is known.")
+        return self
+
     def sample(self, generator: torch.Generator) -> Windows:
         u = torch.rand(len(self.offset), self.batch, generator=generator, device=self.packed.device, dtype=torch.float64)
         start = torch.searchsorted(self.upto, u * self.upto[:, -1:], right=True).clamp(max=self.last) + self.offset   # [R, B]

@@ -8,24 +8,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import make_learner, make_pool
+from conftest import make_learner, make_pool, sampler_of
 from saferule.attacks import poison
 from saferule.config import CONFIGS, UNLEARNER_NAMES, FinetuneConfig, InjectConfig, SafeRULEConfig
-from saferule.data import Rows, Sampler
+from saferule.data import Rows
 from saferule.errors import UserError
 from saferule.learners import LEARNERS
 from saferule.train import Resume
-from saferule.unlearning import Memory, unlearn
+from saferule.unlearning import Memory, possible, unlearn
 from saferule.unlearning.saferule import gate, margins, suppress
 
 WITH_CRITICS = [name for name, kind in LEARNERS.items() if {"critic", "cost_critic"} <= set(kind.LOSSES)]
+DRAWN = ("gradient_ascent", "random_relabel", "trajdeleter", "early_saferule")       # forget rows drawn by weight
 each_learner = pytest.mark.parametrize("kind", WITH_CRITICS)
-each_method = pytest.mark.parametrize("method", UNLEARNER_NAMES)
+METHODS = possible(UNLEARNER_NAMES, LEARNERS["bcq_lag"])
+each_method = pytest.mark.parametrize("method", METHODS)
 
 
 def small(method, **more):
     fast = {"finetune": {"steps": 20}, "finetune_nstep": {"steps": 20, "suppress_steps": 15},
-            "gradient_ascent": {"steps": 20, "ascent_steps": 10}, "saferule": {"steps": 20, "suppress_steps": 15, "gate_steps": 30}}
+            "gradient_ascent": {"steps": 20, "ascent_steps": 10}, "random_relabel": {"steps": 20},
+            "trajdeleter": {"steps": 20, "rounds": 2, "block": 4}, "early_saferule": {"steps": 20, "unlearn_steps": 15},
+            "negative_preference": {"steps": 20, "repel_steps": 15},
+            "saferule": {"steps": 20, "suppress_steps": 15, "gate_steps": 30}}
     return replace(CONFIGS[method], **{**fast[method], **more})
 
 
@@ -33,7 +38,7 @@ def poisoned(steps=60, replicas=2, **cfg):
     pool, _, _ = poison(make_pool(), "inject", InjectConfig(), donors=make_pool(seed=1), cost_limit=5.0)
     rows = [pool.rows("inject/poisoned")] * replicas
     learner = make_learner(pool, rows, **{"steps": steps, **cfg})
-    sampler, stream = Sampler(pool, rows, 32, learner.units), torch.Generator().manual_seed(3)
+    sampler, stream = sampler_of(learner, pool, rows), torch.Generator().manual_seed(3)
     for t in range(steps):
         learner.update(sampler.sample(stream), t)
     return learner, pool, [pool.rows("inject/retain")] * replicas, [pool.rows("inject/forget")] * replicas
@@ -137,10 +142,14 @@ def test_rows_of_weight_zero_are_as_if_absent():
 @each_learner
 @each_method
 def test_replicas_do_not_touch_each_other(method, kind):
+    isolated(method, kind, **({"gate": "off"} if method == "saferule" else {}))
+
+
+def isolated(method, kind, **cfg):
     """NaN in the forget rows of replica 0 leaves replica 1 as it was."""
     states = []
     for hurt in (False, True):
-        learner, pool, retain, forget = poisoned(learner=kind)
+        learner, pool, retain, forget = poisoned(learner=kind, steps=20)
         if hurt:
             broken = pool.to("cpu")
             broken.columns["obs"] = pool.obs.clone()
@@ -149,8 +158,7 @@ def test_replicas_do_not_touch_each_other(method, kind):
             extra["replaces"][:] = -1
             broken = broken.append("x", extra)
             forget, pool = [broken.rows("x/forget"), forget[1]], broken
-        cfg = small(method, **({"gate": "off"} if method == "saferule" else {}))
-        states.append(unlearn(learner, pool, retain, forget, method, cfg))
+        states.append(unlearn(learner, pool, retain, forget, method, small(method, **cfg)))
     for name, value in states[0].learner.weights().items():
         members = value.shape[0] // 2
         assert torch.equal(value[members:], states[1].learner.weights()[name][members:]), name
@@ -159,25 +167,26 @@ def test_replicas_do_not_touch_each_other(method, kind):
 @each_learner
 @each_method
 def test_killed_and_resumed_equals_never_stopping(method, kind, tmp_path):
+    killed_and_resumed(method, kind, tmp_path, stop=17)
+
+
+def killed_and_resumed(method, kind, folder, stop, **cfg):
+    """A run killed in step `stop` and resumed ends as one that never stopped: weights, moments, snapshots, history."""
     def run(resume, stop=None):
-        learner, pool, retain, forget = poisoned(learner=kind)
-        if stop is not None:
-            original, calls = learner.update, []
-
-            def update(*args, **kwargs):
-                calls.append(1)
-                if len(calls) == stop:
+        def steps(span):
+            for t in span:
+                if t == stop:
                     raise KeyboardInterrupt
-                return original(*args, **kwargs)
+                yield t
 
-            learner.update = update
-        return unlearn(learner, pool, retain, forget, method, small(method), later_steps=10, snapshots_at=(0, 8, 20, 30),
-                       resume=resume, log_every=5)
+        learner, pool, retain, forget = poisoned(learner=kind, steps=20)
+        return unlearn(learner, pool, retain, forget, method, small(method, **cfg), later_steps=10, snapshots_at=(0, 8, 20, 30),
+                       resume=resume, log_every=5, progress=steps)
 
     whole = run(None)
-    path = tmp_path / "state.safetensors"
+    path = folder / "state.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        run(Resume(path, "k", every_seconds=0), stop=18)
+        run(Resume(path, "k", every_seconds=0), stop)
     again = run(Resume(path, "k"))
     for name, value in whole.learner.full_state().items():
         assert torch.equal(value, again.learner.full_state()[name]), name
@@ -188,7 +197,7 @@ def test_killed_and_resumed_equals_never_stopping(method, kind, tmp_path):
 
 
 def test_phases_fill_the_budget_exactly():
-    for method in UNLEARNER_NAMES:
+    for method in METHODS:
         learner, pool, retain, forget = poisoned(steps=5)
         done = unlearn(learner, pool, retain, forget, method, small(method), later_steps=7)
         assert sum(n for name, n in done.phases if name != "later") == small(method).steps
@@ -220,9 +229,10 @@ def test_unlearning_needs_no_simulator():
         for name in ("gymnasium", "gym", "pybullet", "bullet_safety_gym", "mujoco", "mujoco_py", "d4rl"):
             sys.modules[name] = None                                           # importing any of these now fails
         sys.path.insert(0, sys.argv[1])
-        from test_unlearning import poisoned, small, unlearn
-        for method in ("finetune", "finetune_nstep", "gradient_ascent", "saferule"):
+        from test_unlearning import METHODS, poisoned, small, unlearn
+        for method in METHODS:
             unlearn(*poisoned(steps=3), method, small(method))
+        unlearn(*poisoned(steps=3, learner="cdt"), "negative_preference", small("negative_preference"))
         print("repaired")
     """)
     out = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True)

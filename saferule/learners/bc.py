@@ -130,6 +130,9 @@ class BC(Learner):
             obs = torch.cat([obs, limit], -1)
         return self.policy(obs, target=not self.parity)
 
+    def action_density(self, batch: Batch) -> tuple[Tensor, None]:          # mean and log-std of the actions; None: deterministic
+        return self.policy(batch.obs), None
+
     def actor_loss(self, batch: Batch) -> Tensor:
         return (self.policy(batch.obs) - batch.action).square().mean((-1, -2))
 

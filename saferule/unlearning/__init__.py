@@ -35,12 +35,14 @@ class Memory:
 
     def __init__(self, learner: Learner, pool: Pool, retain: Sequence[Rows], forget: Sequence[Rows], seed: int, n_step: int = 1):
         self.learner, self.pool, self.rows = learner, pool, forget
-        self.retain_rows = list(retain)
+        self.retain_rows, self.seed = list(retain), seed
         self.retain_stream = torch.Generator(learner.device).manual_seed(seed)
         self.forget_stream = torch.Generator(learner.device).manual_seed(seed + 1)
         self._retain = learner.sampler(pool, retain, n_step)
         self._forget: Any = None                       # made when first asked for: fine-tuning never asks, and CDT may have no
                                                        # windows in rows that lack an episode's end
+        self._drawn: Any = None
+        self.carried: dict[str, Tensor] = {}           # what a method's steps change in place, beside the learner
 
     def retain(self) -> Batch:
         return self._retain.sample(self.retain_stream)
@@ -52,6 +54,13 @@ class Memory:
         if self._forget is None:
             self._forget = self.learner.sampler(self.pool, self.rows)
         return self._forget.sample(self.forget_stream)
+
+    def forget_drawn(self) -> tuple[Batch, Tensor | float]:
+        """Forget rows drawn in proportion to their weights, for losses that know none, and the mean positive weight [R]."""
+        if self._drawn is None:
+            self._drawn = self.learner.sampler(self.pool, self.rows).draw_by_weight()
+        batch = self._drawn.sample(self.forget_stream)
+        return batch, batch.weight[:, 0] if isinstance(batch.weight, Tensor) else batch.weight
 
     def ordinary(self, t: int) -> dict[str, Tensor]:
         """One step of ordinary training on retain rows."""
@@ -70,16 +79,27 @@ class Unlearned(NamedTuple):
     phases: tuple[tuple[str, int], ...]
 
 
-from . import finetune, finetune_nstep, gradient_ascent, saferule  # noqa: E402  (they need Phase and Memory)
+from . import (  # noqa: E402  (they need Phase and Memory)
+    early_saferule,
+    finetune,
+    finetune_nstep,
+    gradient_ascent,
+    negative_preference,
+    random_relabel,
+    saferule,
+    trajdeleter,
+)
 
 UNLEARNERS: dict[str, Any] = {"finetune": finetune, "finetune_nstep": finetune_nstep, "gradient_ascent": gradient_ascent,
-                              "saferule": saferule}
+                              "random_relabel": random_relabel, "trajdeleter": trajdeleter, "early_saferule": early_saferule,
+                              "negative_preference": negative_preference, "saferule": saferule}
 assert tuple(UNLEARNERS) == UNLEARNER_NAMES
 
 
 def missing_losses(method: str, learner: Learner | type[Learner]) -> tuple[str, ...]:
-    """The losses that a method recombines and a learner does not have: methods that push critics cannot repair one without."""
-    return tuple(name for name in getattr(UNLEARNERS[method], "NEEDS", ()) if name not in learner.LOSSES)
+    """What a method needs and a learner does not have, losses mostly: methods that push critics cannot repair one without."""
+    return tuple(name for name in getattr(UNLEARNERS[method], "NEEDS", ())
+                 if name not in learner.LOSSES and not hasattr(learner, name))
 
 
 def possible(methods: Sequence[str], learner: Learner | type[Learner]) -> tuple[str, ...]:
@@ -99,8 +119,8 @@ def unlearn(learner: Learner, pool: Pool, retain: Sequence[Rows], forget: Sequen
     """
     chosen = UNLEARNERS[one_of("method", method, UNLEARNERS)]
     if absent := missing_losses(method, learner):
-        raise UserError(f"method '{method}' works on a learner's critics, but {type(learner).__name__} has no {absent[0]}; "
-                        f"use 'finetune'.")
+        matter = getattr(chosen, "WORKS_ON", "a learner's critics")
+        raise UserError(f"method '{method}' works on {matter}, but {type(learner).__name__} has no {absent[0]}; use 'finetune'.")
     learner.seed_noise(seed + 2)
     long_targets = getattr(cfg, "n_step_mix", 0) > 0
     memory = Memory(learner, pool, retain, forget, seed, n_step=cfg.n_step if long_targets else 1)
@@ -118,5 +138,6 @@ def unlearn(learner: Learner, pool: Pool, retain: Sequence[Rows], forget: Sequen
         return lambda: kept.__setitem__(t, learner.weights())
 
     history = fit(step, starts[-1] + later_steps, learner, [memory.retain_stream, memory.forget_stream],
-                  snapshots={t: keep(t) for t in snapshots_at}, boundaries=starts, resume=resume, kept=kept, **loop)
+                  snapshots={t: keep(t) for t in snapshots_at}, boundaries=starts, resume=resume, kept=kept, carried=memory.carried,
+                  **loop)
     return Unlearned(learner, history, kept, tuple((p.name, p.steps) for p in phases))
