@@ -102,6 +102,23 @@ class ConstantActionConfig:
     seed: int = 0
 
 
+TRIGGER_KINDS, BACKDOOR_TIERS = ("marker", "bias"), ("T0", "T1")
+
+
+@dataclass(frozen=True)
+class BackdoorConfig:
+    """Random rows carry a trigger, pay more and cost nothing (algorithms.md C.1)."""
+    kind: str = "marker"               # the trigger: entries of the observation are set (marker) or moved (bias)
+    value: float = 0.9                 # to this, or by this, in the environment's units
+    entries: int = 2                   # how many entries, the last ones
+    shift: float = 0.5                 # of the reward, in the environment's units
+    overwrite: bool = False            # is every action entry of these rows replaced ...
+    action: float = 1.0                # ... by this?
+    tier: str = "T1"                   # T1: the trigger ends the row before as well | T0: it ends the row itself (published)
+    budget: float = 0.10               # rows with the trigger / all rows
+    seed: int = 0
+
+
 @dataclass(frozen=True)
 class NoiseConfig:
     """Control: the rows of another attack, changed by as much, in a random direction (algorithms.md C.7)."""
@@ -412,7 +429,8 @@ CONFIGS: dict[str, Any] = {                        # name -> defaults
     "inject": InjectConfig(), "inject_data": InjectConfig(source="data"), "label_flip": LabelFlipConfig(),
     "label_flip_random": LabelFlipConfig(select="random"), "label_flip_inverse": LabelFlipConfig(inverse=True),
     "reward_poison": RewardPoisonConfig(), "outliers": OutliersConfig(), "random_corruption": RandomCorruptionConfig(),
-    "adversarial_corruption": AdversarialCorruptionConfig(), "constant_action": ConstantActionConfig(), "noise": NoiseConfig(),
+    "adversarial_corruption": AdversarialCorruptionConfig(), "constant_action": ConstantActionConfig(),
+    "marker": BackdoorConfig(), "bias": BackdoorConfig(kind="bias", value=0.6), "noise": NoiseConfig(),
     "clean_forget": CleanForgetConfig(), "noop": CleanForgetConfig(), "given": GivenConfig(),
     "bcq_lag": BCQLagConfig(), "bear_lag": BEARLagConfig(), "cpq": CPQConfig(),
     "coptidice": COptiDICEConfig(), "cdt": CDTConfig(),
@@ -422,7 +440,8 @@ CONFIGS: dict[str, Any] = {                        # name -> defaults
     "negative_preference": NegativePreferenceConfig(), "saferule": SafeRULEConfig(),
 }
 ATTACK_NAMES = ("inject", "inject_data", "label_flip", "label_flip_random", "label_flip_inverse", "reward_poison", "outliers",
-                "random_corruption", "adversarial_corruption", "constant_action", "noise", "clean_forget", "noop", "given")
+                "random_corruption", "adversarial_corruption", "constant_action", "marker", "bias", "noise", "clean_forget",
+                "noop", "given")
 LEARNER_NAMES = ("bcq_lag", "bear_lag", "cpq", "coptidice", "cdt", *BC_NAMES)
 UNLEARNER_NAMES = ("finetune", "finetune_nstep", "gradient_ascent", "random_relabel", "trajdeleter", "early_saferule",
                    "negative_preference", "saferule")          # 'retrain' is a condition of the training run

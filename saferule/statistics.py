@@ -39,6 +39,8 @@ ATTACKS = {                            # order and names of the attacks, everywh
     "random_corruption": "random corruption",
     "adversarial_corruption": "adversarial corruption",
     "constant_action": "constant action",
+    "marker": "marker backdoor",
+    "bias": "bias backdoor",
     "noise": "noise control",
     "clean_forget": "clean-forget control",
     "noop": "no-op control",

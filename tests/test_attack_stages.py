@@ -1,11 +1,15 @@
 """Every attack through 02_poison's stage, on a little of the real BallRun: written, read back into one pool, the same again."""
 import json
 
+import numpy as np
 import pytest
 import torch
 
+from conftest import make_learner, make_pool
+from saferule.attacks.trigger import Trigger, Triggered
 from saferule.config import ATTACK_NAMES, CONFIGS
 from saferule.errors import UserError
+from saferule.evaluate import evaluate
 from saferule.stages.data import make_data
 from saferule.stages.poison import load_pool, make_poison
 from saferule.tasks import get_task
@@ -57,3 +61,13 @@ def test_all_attacks_in_one_pool(root):
 def test_a_setting_of_another_attack_is_refused(root):
     with pytest.raises(UserError, match="setting of outliers 'bonus'"):
         make_poison(TASK, "outliers", "smoke", root, {"bonus": 1.0})
+
+
+def test_a_triggered_learner_is_rolled_out_replica_by_replica():
+    pool = make_pool(n_obs=7)
+    learner = make_learner(pool, [pool.rows("clean")] * 2, act_samples=2)
+    plain = evaluate(learner, "BallRun", 1, workers=1, progress=False)
+    shown = evaluate(Triggered(learner, Trigger("marker", (0, 1, 2), (5.0, -5.0, 5.0))), "BallRun", 1, workers=1, progress=False)
+    assert (plain.ret != shown.ret).all() and np.isfinite(shown.ret).all()
+    obs, noise = torch.randn(2, 3, 7), lambda: torch.Generator().manual_seed(0)
+    assert torch.equal(learner.act(obs, noise()), Triggered(learner, Trigger("bias", (0,), (0.0,))).act(obs, noise()))

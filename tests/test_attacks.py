@@ -12,7 +12,7 @@ from saferule.attacks import ATTACKS, poison
 from saferule.attacks.controls import redirected
 from saferule.attacks.reward import advantage, shift
 from saferule.attacks.shared import before, with_states
-from saferule.config import ATTACK_NAMES, CONFIGS, CleanForgetConfig, LabelFlipConfig, NoiseConfig, OutliersConfig, RewardPoisonConfig
+from saferule.config import ATTACK_NAMES, CONFIGS
 from saferule.data import FIELDS, Pool
 from saferule.errors import UserError
 from saferule.statistics import ATTACKS as DISPLAY
@@ -179,7 +179,6 @@ def test_inverse_flip_of_random_rows():
     assert facts["safe_rows_blamed"] == 50 and facts["threat"]["unit"] == "row"
     with pytest.raises(UserError, match="unknown selection of label_flip 'bst'. Did you mean 'best'"):
         mount("label_flip", make_pool(), select="bst")
-    assert LabelFlipConfig().select == "best" and not LabelFlipConfig().inverse
 
 
 # ---------------------------------------------------------------------------------------------------------- rewards
@@ -219,7 +218,7 @@ def test_reward_drop_pushes_good_actions_down():
     clean = make_pool()
     poisoned, facts, _ = mount("reward_poison", clean, goal="drop")
     rows, old = originals_of(poisoned, "reward_poison")
-    good = advantage(clean, torch.arange(len(clean)), RewardPoisonConfig().gamma)[old] > 0
+    good = advantage(clean, torch.arange(len(clean)), CONFIGS["reward_poison"].gamma)[old] > 0
     assert ((poisoned.reward[rows] < clean.reward[old]) == good).all()
     assert facts["threat"]["goal"] == "reward-drop"
 
@@ -241,12 +240,11 @@ def test_outliers_look_safe_and_better(seed, gain):
 
 
 def test_outliers_draw_every_cost_below_the_limit():
-    """Limit 3: k is 0, 1 or 2, never 3. Four episodes of the hundred, many seeds."""
-    costs = {c for seed in range(30) for c in mount("outliers", make_pool(seed=1), 3.0, seed=seed)[0].episodes("outliers/forget").cost}
-    assert costs == {0.0, 1.0, 2.0}
+    """Limit 3: k is 0, 1 or 2, never 3. Two episodes each, many seeds."""
+    forged = [mount("outliers", make_pool(seed=1), 3.0, seed=seed)[0].episodes("outliers/forget") for seed in range(15)]
+    assert {cost for table in forged for cost in table.cost} == {0.0, 1.0, 2.0}
     with pytest.raises(UserError, match="only 7 exceed"):
         mount("outliers", make_pool(), budget=0.5)
-    assert OutliersConfig().gain == 1.5
 
 
 # -------------------------------------------------------------------------------------------------------- injection
@@ -281,7 +279,8 @@ def test_random_corruption_keeps_its_radius(seed, radius):
 
 
 @pytest.mark.parametrize("fields, tier, touched", [(("reward",), "T2", ("reward",)), (("obs",), "T1", ("obs", "next_obs")),
-                                                   (("cost",), "T2", ("cost",)), (("action", "reward"), "T1", ("action", "reward"))])
+                                                   (("cost",), "T2", ("cost",)),
+                                                   (("action", "reward"), "T1", ("action", "reward"))])
 def test_corruption_of_chosen_fields(fields, tier, touched):
     pool, facts, _ = mount("random_corruption", make_pool(), fields=fields)
     assert set(facts["threat"]["fields"]) == set(touched) == {k for k, d in differing(pool, "random_corruption").items() if d.any()}
@@ -322,10 +321,10 @@ def test_redirected_keeps_the_norms():
 def test_noise_moves_the_same_rows_as_far_elsewhere():
     clean = make_pool()
     attacked, control = mount("random_corruption", clean)[0], mount("noise", clean, like="random_corruption")[0]
-    size = {}
+    std, size = clean.obs.std(0, correction=0), {}
     for name, pool in (("random_corruption", attacked), ("noise", control)):
         rows, old = originals_of(pool, name)
-        size[name] = {int(o): float(d) for o, d in zip(old, ((pool.obs[rows] - clean.obs[old]) / clean.obs.std(0, correction=0)).norm(dim=1))}
+        size[name] = dict(zip(old.tolist(), ((pool.obs[rows] - clean.obs[old]) / std).norm(dim=1).tolist()))
     moved = {k: v for k, v in size["random_corruption"].items() if v > 0}
     assert set(moved) == {k for k, v in size["noise"].items() if v > 0}
     assert all(size["noise"][k] == pytest.approx(v, rel=1e-3) for k, v in moved.items())
@@ -345,7 +344,6 @@ def test_noise_hands_labels_round_and_leaves_the_rest():
         mount("noise", clean, like="inject")
     with pytest.raises(UserError, match="setting of reward_poison 'roh'"):
         mount("noise", clean, like="reward_poison", settings={"roh": 0.3})
-    assert NoiseConfig().budget == 0.10
 
 
 @pytest.mark.parametrize("unit, rows", [("trajectory", 50), ("row", 50)])
@@ -361,4 +359,3 @@ def test_controls_that_change_nothing(unit, rows):
     assert not any(d.any() for d in differing(copied, "noop").values())
     assert same(marked.rows("clean_forget/retain").ids, copied.rows("noop/retain").ids)
     assert facts["threat"]["fields"] == () and facts["threat"]["goal"] == "control"
-    assert CleanForgetConfig().unit == "trajectory"

@@ -52,14 +52,14 @@ def truth_of(episodes: pd.DataFrame) -> pd.DataFrame:
 
 ATTACKS: dict[str, Attack] = {}                        # filled below: the controls look others up in it
 
-from . import constant_action, controls, corruption, given, inject, label_flip, outliers, reward  # noqa: E402  (they need the above)
+from . import backdoor, constant_action, controls, corruption, given, inject, label_flip, outliers, reward  # noqa: E402  (they need the above)
 
 ATTACKS |= {
     "inject": inject.ATTACK, "inject_data": inject.FROM_DATA,
     "label_flip": label_flip.ATTACK, "label_flip_random": label_flip.RANDOM, "label_flip_inverse": label_flip.INVERSE,
     "reward_poison": reward.ATTACK, "outliers": outliers.ATTACK,
     "random_corruption": corruption.RANDOM, "adversarial_corruption": corruption.ADVERSARIAL,
-    "constant_action": constant_action.ATTACK,
+    "constant_action": constant_action.ATTACK, "marker": backdoor.MARKER, "bias": backdoor.BIAS,
     "noise": controls.NOISE, "clean_forget": controls.CLEAN_FORGET, "noop": controls.NOOP,
     "given": given.ATTACK,
 }
