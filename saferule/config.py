@@ -276,7 +276,7 @@ class BCConfig:
 @dataclass(frozen=True)
 class CDTConfig:
     mode: str = "default"              # default: corrected | parity: as OSRL does it
-    steps: int = 2500
+    steps: int = 4000
     batch: int = 64                    # windows ...
     context: int = 3                   # ... of so many steps, and how far back the policy looks (OSRL: 10)
     width: int = 32                    # of a token
@@ -296,7 +296,7 @@ class CDTConfig:
     least_left: int = 10               # ... with at least so many left (both default only)
     cheap: float = 70.0                # parity: episodes are drawn with weight max(0, cheap - their cost)
     spend: float = 0.5                 # when acting this share of the limit is asked for as cost (default only) ...
-    ask: float = 0.9                   # ... and this share of the data's best return at that cost as return
+    ask: float = 0.95                  # ... and this share of the data's best return at that cost as return
     standardise: bool = True           # observations by mean and std, rewards by their 98% quantile
     reward_scale: float = 1.0          # used when standardise is off (OSRL: 0.1)
     gamma = 1.0                        # no setting: returns are not discounted
