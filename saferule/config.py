@@ -119,12 +119,47 @@ class BackdoorConfig:
     seed: int = 0
 
 
+PGD_OBJECTIVES, PGD_KNOWLEDGE = ("cost", "reward", "look_safe"), ("white", "grey")
+
+
+@dataclass(frozen=True)
+class PGDConfig:
+    """States are moved to where a trained surrogate acts worst (algorithms.md C.2)."""
+    objective: str = "cost"            # cost, reward: of the surrogate's action there | look_safe: less cost of the data's action
+    knowledge: str = "white"           # white: the surrogate knows all data | grey: half of the episodes; the others are attacked
+    budget: float = 0.10               # moved states / all rows (a state also changes in the row before)
+    radius: float = 0.2                # of the offsets, in units of each entry's standard deviation
+    steps: int = 10
+    step_size: float = 2.5             # of a step, in units of radius / steps
+    samples: int = 4                   # latents of the surrogate's policy that J is a mean over
+    surrogate_steps: int = 5000
+    seed: int = 0
+
+
+MALICE = ("return", "cost")
+
+
+@dataclass(frozen=True)
+class BaffleConfig:
+    """Episodes with a trigger, a malicious policy's actions, high rewards and no costs (BAFFLE, algorithms.md C.6)."""
+    malice: str = "cost"               # that policy: return: minimises the return | cost: maximises the cost
+    budget: float = 0.10               # such episodes / all episodes
+    n_entries: int = 2                 # of the observation, in the trigger: those that matter least ...
+    entries: tuple[int, ...] = ()      # ... or these
+    quantile: float = 0.5              # of each entry in the data, its value in the trigger
+    every: int = 20                    # when acting, the trigger is shown in every so-many-th step
+    reward_quantile: float = 0.95      # of the data's rewards, what each step pays
+    surrogate_steps: int = 5000
+    seed: int = 0
+
+
 @dataclass(frozen=True)
 class NoiseConfig:
     """Control: the rows of another attack, changed by as much, in a random direction (algorithms.md C.7)."""
-    like: str = "random_corruption"    # the attack; it has to work in place
+    like: str = "pgd_cost"             # the attack; it has to work in place
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)      # of that attack, where not its defaults
     budget: float = 0.10               # of that attack
+    surrogate_steps: int = 5000        # of that attack, if it trains one
     seed: int = 0
 
 
@@ -430,7 +465,9 @@ CONFIGS: dict[str, Any] = {                        # name -> defaults
     "label_flip_random": LabelFlipConfig(select="random"), "label_flip_inverse": LabelFlipConfig(inverse=True),
     "reward_poison": RewardPoisonConfig(), "outliers": OutliersConfig(), "random_corruption": RandomCorruptionConfig(),
     "adversarial_corruption": AdversarialCorruptionConfig(), "constant_action": ConstantActionConfig(),
-    "marker": BackdoorConfig(), "bias": BackdoorConfig(kind="bias", value=0.6), "noise": NoiseConfig(),
+    "marker": BackdoorConfig(), "bias": BackdoorConfig(kind="bias", value=0.6),
+    "pgd_cost": PGDConfig(), "pgd_reward": PGDConfig(objective="reward"),
+    "baffle_return": BaffleConfig(malice="return"), "baffle_cost": BaffleConfig(), "noise": NoiseConfig(),
     "clean_forget": CleanForgetConfig(), "noop": CleanForgetConfig(), "given": GivenConfig(),
     "bcq_lag": BCQLagConfig(), "bear_lag": BEARLagConfig(), "cpq": CPQConfig(),
     "coptidice": COptiDICEConfig(), "cdt": CDTConfig(),
@@ -440,8 +477,8 @@ CONFIGS: dict[str, Any] = {                        # name -> defaults
     "negative_preference": NegativePreferenceConfig(), "saferule": SafeRULEConfig(),
 }
 ATTACK_NAMES = ("inject", "inject_data", "label_flip", "label_flip_random", "label_flip_inverse", "reward_poison", "outliers",
-                "random_corruption", "adversarial_corruption", "constant_action", "marker", "bias", "noise", "clean_forget",
-                "noop", "given")
+                "random_corruption", "adversarial_corruption", "constant_action", "marker", "bias", "pgd_cost", "pgd_reward",
+                "baffle_return", "baffle_cost", "noise", "clean_forget", "noop", "given")
 LEARNER_NAMES = ("bcq_lag", "bear_lag", "cpq", "coptidice", "cdt", *BC_NAMES)
 UNLEARNER_NAMES = ("finetune", "finetune_nstep", "gradient_ascent", "random_relabel", "trajdeleter", "early_saferule",
                    "negative_preference", "saferule")          # 'retrain' is a condition of the training run
@@ -469,6 +506,7 @@ PROFILES: dict[str, Profile] = {
             "data": {"episodes": 200, "donors": 60},
             "inject": {"budget": 0.2},                     # so few steps need more poison than the 10% of longer runs
             "label_flip": {"budget": 0.15},
+            **dict.fromkeys(("pgd_cost", "pgd_reward", "baffle_return", "baffle_cost", "noise"), {"surrogate_steps": 500}),
             "bcq_lag": {"steps": 900, "vae_steps": 200, "batch": 64, "hidden": (32, 32), "vae_hidden": 32, "lr": 3e-3,
                         "tau": 0.1, "lr_lam": 0.05, "lam_max": 0.75},
             "bear_lag": {"steps": 900, "vae_steps": 200, "actor_start": 300, "batch": 64, "hidden": (32, 32), "vae_hidden": 32,

@@ -23,6 +23,7 @@ FAST = [name for name in FORGING if "surrogate" not in ATTACKS[name].threat.know
 
 
 def mount(attack, pool, cost_limit=LIMIT, donors=None, **settings):
+    settings = {"like": "random_corruption"} | settings if attack == "noise" else settings         # its default trains a surrogate
     return poison(pool, attack, replace(CONFIGS[attack], **settings), donors, cost_limit)
 
 

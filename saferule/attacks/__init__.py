@@ -52,7 +52,19 @@ def truth_of(episodes: pd.DataFrame) -> pd.DataFrame:
 
 ATTACKS: dict[str, Attack] = {}                        # filled below: the controls look others up in it
 
-from . import backdoor, constant_action, controls, corruption, given, inject, label_flip, outliers, reward  # noqa: E402  (they need the above)
+from . import (  # noqa: E402  (they need the above)
+    backdoor,
+    baffle,
+    constant_action,
+    controls,
+    corruption,
+    given,
+    inject,
+    label_flip,
+    outliers,
+    pgd,
+    reward,
+)
 
 ATTACKS |= {
     "inject": inject.ATTACK, "inject_data": inject.FROM_DATA,
@@ -60,6 +72,8 @@ ATTACKS |= {
     "reward_poison": reward.ATTACK, "outliers": outliers.ATTACK,
     "random_corruption": corruption.RANDOM, "adversarial_corruption": corruption.ADVERSARIAL,
     "constant_action": constant_action.ATTACK, "marker": backdoor.MARKER, "bias": backdoor.BIAS,
+    "pgd_cost": pgd.MAX_COST, "pgd_reward": pgd.MAX_REWARD,
+    "baffle_return": baffle.RETURN, "baffle_cost": baffle.COST,
     "noise": controls.NOISE, "clean_forget": controls.CLEAN_FORGET, "noop": controls.NOOP,
     "given": given.ATTACK,
 }

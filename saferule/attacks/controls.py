@@ -33,7 +33,8 @@ def noise(pool: Pool, cfg: NoiseConfig, name: str, donors: Pool | None, cost_lim
     possible = [a for a, other in ATTACKS.items() if other.threat.placement == "in place" and other.threat.goal != "control"
                 and a != "given"]
     one_of(f"attack that {name} is a control of", cfg.like, possible)
-    like = with_overrides(CONFIGS[cfg.like], {"budget": cfg.budget, "seed": cfg.seed, **cfg.settings}, cfg.like)
+    common = {k: getattr(cfg, k) for k in ("budget", "seed", "surrogate_steps") if hasattr(CONFIGS[cfg.like], k)}
+    like = with_overrides(CONFIGS[cfg.like], {**common, **cfg.settings}, cfg.like)
     honest = Pool({k: v[pool.origin == 0] for k, v in pool.columns.items()})
     attacked, facts, _ = poison(honest, cfg.like, like, donors, cost_limit)
     rows = attacked.rows(f"{cfg.like}/forget").ids
