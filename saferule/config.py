@@ -404,6 +404,7 @@ class NegativePreferenceConfig:
     hinge: float = 1.0                 # weight of the push away from an action that is met exactly ...
     margin: float = 0.2                # ... to this distance (1: the diagonal of the action space) ...
     softness: float = 0.05             # ... within about this
+    rate: float = 1.0                  # CDT: of its learning rate, which training let fall to `lr_end`
 
 
 @dataclass(frozen=True)

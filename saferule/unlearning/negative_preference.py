@@ -7,7 +7,8 @@ Ours        1. rows whose log-ratio is below -dead_zone / beta are left alone; t
             3. no gradient reaches the standard deviation, and the weight of the entropy rests: the policy shall not forget by
                becoming noisy everywhere
             4. a deterministic policy (BC) counts as a normal one with standard deviation `spread`
-            5. CDT sees forget rows in windows of the data that it was trained on, with their to-go as poisoned
+            5. CDT sees forget rows in windows of the data that it was trained on, with their to-go as poisoned, and learns at
+               `rate` times its rate, not at what its schedule left of it
 Retain rows take ordinary steps at the same time; relearning on them follows.
 Shapes      R replicas, B rows or windows, K steps; [..., ] stands for [R, B] or, with windows, [R, B, K]
 """
@@ -88,5 +89,6 @@ def phases(learner: Learner, memory: Memory, cfg: NegativePreferenceConfig, forg
         retain, forget = memory.retain(), sampler.sample(memory.forget_stream)
         return learner.update(retain, learner.cfg.steps + t, extra={policy: lambda: loss(learner, reference, forget, cfg)})
 
-    yield Phase("repel", cfg.repel_steps, repel, {"adapt_temperature": False} if hasattr(learner.cfg, "adapt_temperature") else {})
-    yield Phase("relearn", cfg.steps - cfg.repel_steps, memory.ordinary)
+    rests, rate = ({"adapt_temperature": False}, {"lr_end": cfg.rate}) if isinstance(learner, CDT) else ({}, {})
+    yield Phase("repel", cfg.repel_steps, repel, rests | rate)
+    yield Phase("relearn", cfg.steps - cfg.repel_steps, memory.ordinary, rate)
