@@ -456,6 +456,9 @@ def test_fine_tuning_works_and_methods_that_need_critics_are_refused():
     unlearn(learner, pool, retain, forget, "finetune", replace(CONFIGS["finetune"], steps=40))
     after = learner.policy_loss(sampler_of(learner, pool, retain).sample(torch.Generator().manual_seed(5)))
     assert (after < before).all()
+    clean = make_learner(pool, retain, learner="cdt")
+    assert torch.equal(learner.best_return, clean.best_return)                 # it no longer asks for what the poison promised
+    assert not torch.equal(learner.best_return, make_learner(pool, [pool.rows("inject/poisoned")] * 2, learner="cdt").best_return)
     with pytest.raises(UserError, match="CDT has no critic; use 'finetune'"):
         unlearn(learner, pool, retain, forget, "gradient_ascent", None)
 

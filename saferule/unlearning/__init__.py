@@ -130,6 +130,8 @@ def unlearn(learner: Learner, pool: Pool, retain: Sequence[Rows], forget: Sequen
     kept: dict[int, dict[str, Tensor]] = {}
 
     def step(t: int) -> dict[str, Tensor]:
+        if t == 0:
+            learner.measure(pool, retain)                # what CDT asks for shall be what the retain rows make possible
         i = max(i for i, start in enumerate(starts) if start <= t and phases[i].steps)
         with learner.tuned(**phases[i].settings):
             return phases[i].step(t - starts[i])
