@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from .config import PROFILES
 from .errors import UserError
 from .files import atomic_file, replacing, results_dir, run_dir
 from .sources import REPO
@@ -16,12 +17,14 @@ SHOWN = {                              # the README's table of a profile: a tabl
     "T0_learners": ("task", "learner", "return [95%]", "cost per seed", "of best safe return", "verdict"),
 }
 PARTS = ("tables", "figures", "notebooks")
+MANY = 30
 
 
 def keep(profile: str) -> Path:
     """Copies tables, figures and executed notebooks, and every artefact's manifest (configuration, hashes, versions, machine).
 
-    The folder is replaced as a whole. Notebooks lose what papermill notes about paths. Raises UserError if the run is not there.
+    The folder is replaced as a whole. Of MANY notebooks only those that the profile ends with are kept; they lose what papermill
+    notes about paths. Raises UserError if the run is not there.
     """
     root, final = run_dir(profile), results_dir() / "reference" / profile
     if not any((root / "tables" / f"{name}.csv").is_file() for name in SHOWN):
@@ -29,7 +32,11 @@ def keep(profile: str) -> Path:
     with replacing(final) as folder:
         for part in PARTS:
             shutil.copytree(root / part, folder / part, ignore=shutil.ignore_patterns(".*"))
-        for path in sorted(folder.glob("notebooks/*.ipynb")):
+        made, ends = sorted(folder.glob("notebooks/*.ipynb")), PROFILES[profile].notebooks
+        for path in made:
+            if len(made) > MANY and path.stem not in ends:
+                path.unlink()
+                continue
             notebook = json.loads(path.read_text(encoding="utf-8"))
             notebook["metadata"].pop("papermill", None)
             path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

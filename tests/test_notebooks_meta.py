@@ -92,9 +92,10 @@ def test_ci_is_make_test():
     assert script.stat().st_mode & 0o111 and "exec make test" in script.read_text()
 
 
-def test_the_readmes_table_is_that_of_the_reference():
+@pytest.mark.parametrize("profile", ["quick", "learners"])
+def test_the_readmes_table_is_that_of_the_reference(profile):
     """`make reference` writes it; nobody types numbers."""
     from saferule.reference import headline
     text = (REPO / "README.md").read_text(encoding="utf-8")
-    block = text.split("<!-- quick: this block is written by `make reference` -->\n")[1].split("<!-- /quick -->")[0]
-    assert block == headline(REPO / "results" / "reference" / "quick")
+    block = text.split(f"<!-- {profile}: this block is written by `make reference` -->\n")[1].split(f"<!-- /{profile} -->")[0]
+    assert block == headline(REPO / "results" / "reference" / profile)
