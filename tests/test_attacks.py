@@ -11,7 +11,7 @@ from conftest import make_pool
 from saferule.attacks import ATTACKS, poison
 from saferule.attacks.controls import redirected
 from saferule.attacks.reward import advantage, shift
-from saferule.attacks.shared import before, with_states
+from saferule.attacks.shared import altered, before, in_place, with_states
 from saferule.config import ATTACK_NAMES, CONFIGS
 from saferule.data import FIELDS, Pool
 from saferule.errors import UserError
@@ -360,3 +360,19 @@ def test_controls_that_change_nothing(unit, rows):
     assert not any(d.any() for d in differing(copied, "noop").values())
     assert same(marked.rows("clean_forget/retain").ids, copied.rows("noop/retain").ids)
     assert facts["threat"]["fields"] == () and facts["threat"]["goal"] == "control"
+
+
+def test_most_altered_episodes_by_hand():
+    """Two episodes of two rows. In the first a reward rises by 3 and a cost by 1; in the second an action moves by 1."""
+    zero, one = np.zeros((4, 1), np.float32), np.float32([0, 1, 0, 1])
+    clean = Pool.from_columns({"obs": zero, "next_obs": zero, "action": one[:, None], "reward": one, "cost": one,
+                               "terminal": np.zeros(4, bool), "timeout": np.array([0, 1, 0, 1], bool)})
+    columns = in_place(clean, torch.tensor([0, 1, 2]))
+    columns["reward"] += torch.tensor([3.0, 0, 0])
+    columns["cost"] += torch.tensor([1.0, 0, 0])
+    columns["action"] += torch.tensor([0.0, 0, 1])[:, None]
+    table = altered(clean.append("x", columns), "x")                           # every deviation is one half
+    assert table.episode.tolist() == [0, 1] and table.rows.tolist() == [2, 1]
+    assert table.ret.tolist() == [3, 0] and table.cost.tolist() == [1, 0]
+    assert table.change.tolist() == pytest.approx([2 * 10**0.5 / 2, 2])
+    assert altered(mount("inject_data", make_pool())[0], "inject_data").empty

@@ -120,3 +120,23 @@ def touched(pool: Pool, rows: Tensor) -> pd.DataFrame:
     """Clean episodes that hold any of some rows."""
     episodes = pool.episodes("clean")
     return episodes[episodes.episode.isin(pool.episode[rows].unique().tolist())]
+
+
+def altered(pool: Pool, attack: str) -> pd.DataFrame:
+    """Episodes of which an attack replaced rows, most altered first.
+
+    Columns: episode, rows (replaced), ret and cost (added to the episode's sums), change (mean L2 norm over these rows of what was
+    added to obs, action, reward and cost, each entry in units of its standard deviation). No lines for episodes that were added.
+    """
+    rows = pool.rows(f"{attack}/forget").ids
+    rows = rows[pool.replaces[rows] >= 0]
+    clean, old, parts = pool.rows("clean").ids, pool.replaces[rows], {}
+    for name in ("obs", "action", "reward", "cost"):
+        column = pool.columns[name].view(len(pool), -1)
+        parts[name] = (column[rows] - column[old]) / column[clean].std(0, correction=0).clamp(min=1e-3)
+    frame = pd.DataFrame({"episode": pool.episode[rows].numpy(), "ret": (pool.reward[rows] - pool.reward[old]).double().numpy(),
+                          "cost": (pool.cost[rows] - pool.cost[old]).double().numpy(),
+                          "change": torch.cat(list(parts.values()), 1).norm(dim=1).double().numpy()})
+    table = frame.groupby("episode", sort=True).agg(rows=("ret", "size"), ret=("ret", "sum"), cost=("cost", "sum"),
+                                                    change=("change", "mean")).reset_index()
+    return table.sort_values(["change", "episode"], ascending=[False, True], ignore_index=True)
