@@ -145,9 +145,7 @@ def test_noise_is_the_same_call_by_call_and_skips_what_is_not_used():
 
 
 def test_how_far_scalars_are_apart():
-    names = {"critic": "critic_loss", "lam": "lagrangian"}
-    gap = lambda critic, lam: lockstep_osrl.apart({"critic": torch.tensor([critic]), "lam": torch.tensor([lam])},
-                                                  {"loss/critic_loss": 4.0, "loss/lagrangian": 0.5}, names)
+    gap = lambda critic, lam: lockstep_osrl.apart({"critic": critic, "lam": lam}, {"critic": 4.0, "lam": 0.5, "unused": 9.0})
     assert gap(4.0, 0.5) == 0 and gap(6.0, 0.5) == 0.5 and gap(4.0, 0.25) == 0.25 and np.isnan(gap(float("nan"), 0.5))
 
 
@@ -162,7 +160,7 @@ def test_a_run_in_lockstep(learner, tmp_path):
                                             "terminal": end & (rng.random(n) < 0.5), "timeout": end})
     found = lockstep_osrl.lockstep(Path(os.environ["OSRL"]), learner, task, file, steps=3)
     assert max(found["scalars"].values()) < 1e-12 and found["weights"] < 1e-12 and found["actions"] < 1e-6 and found["rows"] == 1
-    assert list(found["scalars"]) == ["1", "3"]
+    assert list(found["scalars"]) == list(found["itself"]) == ["1", "3"] and 0 < found["itself"]["3"] < 1e-12
     assert f"| BallCircle | {learner} |" in lockstep_osrl.markdown([found], "03a4586463")
 
 
