@@ -12,6 +12,8 @@ from saferule.errors import UserError
 from saferule.evaluate import evaluate
 from saferule.stages.data import make_data
 from saferule.stages.poison import load_pool, make_poison
+from saferule.stages.train import train
+from saferule.stages.unlearn import unlearn
 from saferule.tasks import get_task
 
 TASK = get_task("BallRun")
@@ -56,6 +58,19 @@ def test_all_attacks_in_one_pool(root):
         assert parts[0] == parts[1] | parts[2] and not parts[1] & parts[2]
     assert pool.rows("clean").ids.tolist() == list(range(int((pool.origin == 0).sum())))
     assert bool(torch.isfinite(pool.obs).all())
+
+
+def test_every_kind_of_attack_is_trained_on_and_unlearned(root):
+    """Replaced episodes, replaced single rows, added episodes, and honest rows that are only marked."""
+    attacks, small = ("outliers", "reward_poison", "constant_action", "clean_forget"), {"batch": 16, "hidden": [8], "vae_hidden": 8}
+    for attack in attacks:
+        make_poison(TASK, attack, "smoke", root)
+    trained = train(TASK, "bcq_lag", attacks, (0,), "smoke", root, overrides={"steps": 8, "vae_steps": 2, **small})
+    assert [line["attack"] for line in trained.replicas] == ["none", *(a for a in attacks for _ in range(2))]
+    done = unlearn(TASK, "bcq_lag", attacks, "saferule", (0,), "smoke", root,
+                   overrides={"steps": 6, "suppress_steps": 4, "gate_steps": 3})
+    assert [line["attack"] for line in done.replicas] == list(attacks)
+    assert all(bool(torch.isfinite(v).all()) for v in done.tensors("snapshots.safetensors").values())
 
 
 def test_a_setting_of_another_attack_is_refused(root):
