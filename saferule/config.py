@@ -530,7 +530,8 @@ PROFILES: dict[str, Profile] = {
     "quick": Profile(tasks=("BallCircle",), seeds=(0, 1, 2)),
     "standard": Profile(tasks=("BallRun", "CarRun", "BallCircle", "CarCircle"), seeds=(0, 1, 2)),
     "learners": Profile(                                   # the clean benchmark of all learners, at quick sizes
-        tasks=("BallRun", "CarRun", "BallCircle", "CarCircle"), seeds=(0, 1, 2), learners=LEARNER_NAMES, attacks=(), methods=(),
+        tasks=("BallRun", "CarRun", "BallCircle", "CarCircle"), seeds=(0, 1, 2), attacks=(), methods=(),
+        learners=("bcq_lag", "bear_lag", "cpq", "coptidice", "cdt", "bc_all", "bc_safe", "bc_multitask"),
         learning_curve=LEARNING_CURVE, notebooks=("11_learners", "12_cost_limits")),
     "paper": Profile(
         tasks=BULLET, seeds=(0, 1, 2, 3, 4),
