@@ -188,6 +188,8 @@ class CDT(Learner):
         """Clip the gradient of each replica by its own norm; the rate rises in n = 1 .. `warm_up`, then falls linearly."""
         if name == "policy":
             cfg = self.cfg
+            for block in () if self.parity else self.policy.trunk.blocks:      # a softmax does not see the keys' bias: this
+                block.qkv.bias.grad.chunk(3, -1)[1].zero_()                    # gradient is rounding, which Adam would blow up
             clip_norm([p.grad for p in self.policy.parameters()], cfg.clip)
             n = 1 + next(iter(self.optim["policy"].state.values()), {}).get("step", torch.zeros(()))
             falls = 1.0 if self.parity else 1 - (1 - cfg.lr_end) * (n / cfg.steps).clamp(max=1)
