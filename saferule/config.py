@@ -539,7 +539,7 @@ PROFILES: dict[str, Profile] = {
     "standard": Profile(tasks=("BallRun", "CarRun", "BallCircle", "CarCircle"), seeds=(0, 1, 2)),
     "learners": Profile(                                   # the clean benchmark of all learners, at quick sizes
         tasks=("BallRun", "CarRun", "BallCircle", "CarCircle"), seeds=(0, 1, 2), attacks=(), methods=(),
-        learners=("bcq_lag", "bear_lag", "cpq", "coptidice", "cdt", "bc_all", "bc_safe", "bc_multitask"),
+        learners=("bcq_lag", "bear_lag", "cpq", "coptidice", "cdt", *BC_NAMES),
         learning_curve=LEARNING_CURVE, notebooks=("11_learners", "12_cost_limits")),
     "paper": Profile(
         tasks=BULLET, seeds=(0, 1, 2, 3, 4),
