@@ -424,6 +424,7 @@ class SafeRULEConfig:
     cost_floor: float = 2.0            # the cost margin is at least this many discounted limits
     gate: str = "auto"                 # auto: where cost labels are forged | on | off
     gate_steps: int = 150
+    temptation: float = 0.5            # a forget row is pushed as far as its action tempts the policy, softened by this; 0: always
     n_step: int = 10                   # horizon of the long targets ...
     n_step_mix: float = 0.5            # ... and their share while suppressing
     tau: float = 0.05                  # Polyak rate during the budget

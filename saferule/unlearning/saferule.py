@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 from ..config import MARGINS, SUPPRESSIONS, SafeRULEConfig, one_of
-from ..data import Sampler
+from ..data import Batch, Sampler
 from ..nets import MLP, generators
 from ..train import Learner
 from . import Memory, Phase
@@ -42,10 +42,25 @@ def margins(source: Learner, obs: Tensor, cfg: SafeRULEConfig, generator: torch.
 
     V, Vc: of the policy's own action, by the target networks of `source`. With cost_sign = -1 the cost margin is Vc - margin.
     """
-    v, vc = source.value(obs, generator)
+    return bounds(source, *source.value(obs, generator), cfg)
+
+
+def bounds(source: Learner, v: Tensor, vc: Tensor, cfg: SafeRULEConfig) -> tuple[Tensor, Tensor]:
     if cfg.cost_sign < 0:
         return v - cfg.margin, vc - cfg.margin
     return v - cfg.margin, torch.maximum(vc + cfg.margin, cfg.cost_floor * source.qc_limit)
+
+
+@torch.no_grad()
+def temptation(learner: Learner, forget: Batch, v: Tensor, vc: Tensor, cfg: SafeRULEConfig) -> Tensor:
+    """How far each forget action tempts the policy, in (0, 1): [R, B].
+
+    sigmoid of its merit less that of the policy's own action (values v, vc [R, B]) plus the margin, over the temperature: 1/2 where
+    it is worse by exactly the margin. Merit is what the policy climbs, such as Q - lam Qc.
+    """
+    q = learner.pessimistic(learner.critic(forget.obs, forget.action), cost=False)
+    qc = learner.pessimistic(learner.cost_critic(forget.obs, forget.action), cost=True)
+    return ((learner.merit(q, qc) - learner.merit(v, vc) + cfg.margin) / cfg.temptation).sigmoid()
 
 
 def gate(learner: Learner, memory: Memory, steps: int, seed: int = 0, hidden: Sequence[int] = (64, 64),
@@ -83,7 +98,10 @@ def pushes(learner: Learner, source: Learner, memory: Memory, cfg: SafeRULEConfi
         push = {"critic": lambda: -cfg.alpha * error(learner.critic(forget.obs, forget.action), target.reward),
                 "cost_critic": lambda: -cfg.beta * error(learner.cost_critic(forget.obs, forget.action), target.cost)}
     else:
-        low, high = margins(source, forget.obs, cfg, memory.forget_stream)
+        v, vc = source.value(forget.obs, memory.forget_stream)
+        low, high = bounds(source, v, vc, cfg)
+        if cfg.temptation:
+            w = w * temptation(learner, forget, v, vc, cfg)
         push = {"critic": lambda: suppress(learner.critic(forget.obs, forget.action), low, cfg.alpha * w, -1),
                 "cost_critic": lambda: suppress(learner.cost_critic(forget.obs, forget.action), high, cfg.beta * w, cfg.cost_sign)}
     if not cfg.cost_sign:
