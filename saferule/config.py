@@ -426,7 +426,8 @@ class SafeRULEConfig:
     gate_steps: int = 150
     temptation: float = 0.5            # a forget row is pushed as far as its action tempts the policy, softened by this; 0: always
     n_step: int = 10                   # horizon of the long targets ...
-    n_step_mix: float = 0.5            # ... and their share while suppressing
+    n_step_mix: float = 0.5            # ... and their share while suppressing ...
+    anneal_mix: bool = True            # ... which falls to zero with the weight
     tau: float = 0.05                  # Polyak rate during the budget
     freeze_lam: bool = True            # the multiplier stays as the checkpoint has it during the budget
     form: str = "softplus"             # softplus | ascent: of the squared Bellman error on forget rows, without a bound

@@ -127,14 +127,16 @@ def phases(learner: Learner, memory: Memory, cfg: SafeRULEConfig, forged_costs: 
     learner.reset_optimiser("vae")
 
     def step(t: int):
-        fall = 1 - learner.clock / cfg.suppress_steps if cfg.anneal else torch.ones_like(learner.clock)    # on the device
+        fall = (1 - learner.clock / cfg.suppress_steps).clamp(min=0)                               # on the device
         if not cfg.n_step_mix:
             retain, target = memory.retain(), None
         else:
             retain, long = memory.retain_pair()
-            one = learner.targets(retain)
-            target = type(one)(*(torch.lerp(a, b, cfg.n_step_mix) for a, b in zip(one, learner.targets(long))))
-        push = pushes(learner, source, memory, cfg, start * fall.clamp(min=0)) if cfg.weight or cfg.weight_ungated else None
+            one, far = learner.targets(retain), learner.targets(long)
+            share = cfg.n_step_mix * (fall if cfg.anneal_mix else torch.ones_like(fall))
+            target = type(one)(*(torch.lerp(a, b, share) for a, b in zip(one, far)))
+        w = start * (fall if cfg.anneal else torch.ones_like(fall))
+        push = pushes(learner, source, memory, cfg, w) if cfg.weight or cfg.weight_ungated else None
         return learner.update(retain, learner.cfg.steps + t, target, push)
 
     settings = {"tau": cfg.tau, "adapt_lam": not cfg.freeze_lam}
