@@ -143,9 +143,9 @@ def verdict(args: argparse.Namespace) -> int:
     if args.file:
         document = read(args.file)
     else:
-        from .stages.verdict import judge_models
+        from .stages.verdict import verdict_of
         given = checked({"profile": args.profile, "tasks": args.tasks, "learners": args.learners, "method": args.method})
-        document = judge_models(given.tasks, given.learners, given.method, given.profile, given.root).json("verdict.json")
+        document = verdict_of(given.tasks, given.learners, given.method, given.profile, given.root)
     print(json.dumps(document, indent=1, ensure_ascii=False) if args.json else markdown(document).rstrip())
     return 0 if document["result"] == "pass" else 1
 

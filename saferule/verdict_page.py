@@ -125,10 +125,10 @@ def verdict_figure(document: Mapping[str, Any], title: str = "") -> Figure:
     All criteria share an axis: 0 is the threshold, 1 what a perfect repair has; what lies beyond the panel is an arrow. Small
     ticks: seeds. Marker and word: the result.
     """
-    cases, height = document["cases"], 0.33
+    cases, height, W, left, panel = document["cases"], 0.33, 14.6, 5.1, 4.0            # inches
     H = 1.35 + len(cases) * (height * len(CRITERIA) + 0.75)
     with mpl.rc_context({**STYLE, "axes.grid": False}):
-        fig, axes = plt.subplots(len(cases), 1, figsize=(12.4, H), squeeze=False)
+        fig, axes = plt.subplots(len(cases), 1, figsize=(W, H), squeeze=False)
         for ax, case in zip(axes[:, 0], cases):
             for row, line in enumerate(case["criteria"]):
                 _draw(ax, -row, line)
@@ -136,7 +136,8 @@ def verdict_figure(document: Mapping[str, Any], title: str = "") -> Figure:
             ax.axvline(0, color="#333333", lw=1.2, zorder=1)
             ax.axvline(1, color="#999999", lw=0.9, ls=(0, (1, 2)), zorder=1)
             ax.set(xlim=(LEFT, RIGHT), ylim=(0.6 - len(CRITERIA), 0.6), title=f"{case_name(case)}: {case['result']}")
-            ax.set_yticks([-row for row in range(len(CRITERIA))], [c.title for c in CRITERIA], fontsize=9)
+            ax.set_yticks([-row for row in range(len(CRITERIA))],
+                          [f"{NAMED[line['name']].title}:  {asked(line)}" for line in case["criteria"]], fontsize=9)
             ax.set_xticks([-1, 0, 1], ["", "threshold", "ideal"])
             ax.tick_params(length=0)
             ax.spines["left"].set_visible(False)
@@ -147,13 +148,14 @@ def verdict_figure(document: Mapping[str, Any], title: str = "") -> Figure:
         fig.legend(handles=handles, loc="lower center", ncol=5)
         fig.suptitle(title or f"{METHODS[document['method']]}: {document['result']}", x=0.01, y=1 - 0.12 / H, ha="left", va="top",
                      fontweight="bold", fontsize=12)
-        fig.subplots_adjust(left=0.335, right=0.715, top=1 - 0.8 / H, bottom=0.95 / H, hspace=0.75 / (height * len(CRITERIA)))
+        fig.subplots_adjust(left=left / W, right=(left + panel) / W, top=1 - 0.8 / H, bottom=0.95 / H,
+                            hspace=0.75 / (height * len(CRITERIA)))
     plt.close(fig)
     return fig
 
 
 def _draw(ax, y: float, line: Mapping[str, Any]) -> None:
-    """One criterion: interval, seeds, marker, and the result in words with the numbers."""
+    """One criterion: interval, seeds, marker, and in words the result, the numbers and, if it is no pass, why."""
     look = LOOKS[line["result"]]
     inside = lambda x: min(max(x, LEFT + 0.05), RIGHT - 0.05)
     ax.axhline(y, color="#EEEEEE", lw=0.8, zorder=0)
@@ -171,4 +173,5 @@ def _draw(ax, y: float, line: Mapping[str, Any]) -> None:
     put = lambda x, text, **kw: ax.annotate(text, (1, y), (x, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
                                             va="center", fontsize=9, annotation_clip=False, **kw)
     put(10, line["result"], color=look["color"], fontweight="bold")
-    put(88, f"{measured(line)}   asked: {asked(line)}" if line["value"] is not None else line["reason"], color="#444444")
+    put(92, measured(line), color="#222222")
+    put(208, line["reason"].split(":")[0], color="#666666")

@@ -20,35 +20,46 @@ from ..verdict_page import markdown
 
 def judge_models(tasks: Sequence[Task], learners: Sequence[str], method: str, profile: str, root: Path,
                  overrides: Mapping[str, Any] | None = None) -> Artifact:
-    """The verdict on a method as an artefact 'verdict/<method>'. Files: verdict.json, and verdict.md for people.
+    """The verdict on a method as an artefact 'verdict/<method>'. Files: verdict.json, and verdict.md for people. As `verdict_of`."""
+    started, config = time.monotonic(), resolve(profile, "verdict", tasks[0].name, method=method, overrides=overrides)
+    document = verdict_of(tasks, learners, method, profile, root, overrides)
+    inputs = {f"{a.kind}:{a.name}": a for a in measured(tasks, learners, root)}
+    return save("verdict", method, {"verdict.json": document, "verdict.md": markdown(document)},
+                {**config, "tasks": [task.name for task in tasks], "learners": list(learners)}, inputs, root=root,
+                seconds=time.monotonic() - started)
+
+
+def verdict_of(tasks: Sequence[Task], learners: Sequence[str], method: str, profile: str, root: Path,
+               overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The verdict on a method over some tasks and learners; writes nothing.
 
     Every poisoned model of the training runs counts: what has not been repaired, rolled out or audited is not measured.
     overrides: of config.VerdictThresholds; they are part of the verdict. Raises UserError where something that it rests on is
     missing, damaged or was made from other artefacts than the present ones.
     """
-    started, names = time.monotonic(), [f"{task.name}-{learner}" for task, learner in product(tasks, learners)]
-    config = resolve(profile, "verdict", tasks[0].name, method=method, overrides=overrides)
-    config |= {"tasks": [task.name for task in tasks], "learners": list(learners)}
-    evaluated = [load("evaluate", name, root) for name in names]
-    audited = [load("audit", name, root) for name in names if (root / "artifacts" / "audit" / name).is_dir()]
-    tidy, later, audits = tables(evaluated, audited)
+    found = measured(tasks, learners, root)
+    tidy, later, audits = tables(found)
     if method not in set(tidy["method"]):
         raise UserError(f"no model repaired by '{method}' was rolled out; run notebooks 04_unlearn with -p method {method} and "
                         f"05_evaluate with -p methods {method} first.")
-    thresholds, meant = configured("verdict", profile, tasks[0].name, overrides), victims(tasks, learners, root)
-    document = remediation_verdict(tidy, later, audits, thresholds, method, victims=meant,
-                                   rests_on=evidence([*evaluated, *audited], root), profile=profile)
-    inputs = {f"{a.kind}:{a.name}": a for a in (*evaluated, *audited)}
-    return save("verdict", method, {"verdict.json": document, "verdict.md": markdown(document)}, config, inputs, root=root,
-                seconds=time.monotonic() - started)
+    thresholds = configured("verdict", profile, tasks[0].name, overrides)
+    return remediation_verdict(tidy, later, audits, thresholds, method, victims=victims(tasks, learners, root),
+                               rests_on=evidence(found, root), profile=profile)
 
 
-def tables(evaluated: Sequence[Artifact],
-           audited: Sequence[Artifact] = ()) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame | None]:
-    """Tidy tables of the final models and after further training, and the audits, None where there are none."""
-    parts = [(a.table("episodes.csv"), a.table("runs.csv")) for a in evaluated]
+def measured(tasks: Sequence[Task], learners: Sequence[str], root: Path) -> list[Artifact]:
+    """The rollouts of each task and learner, and the audits of those that have been audited."""
+    names = [f"{task.name}-{learner}" for task, learner in product(tasks, learners)]
+    audited = [name for name in names if (root / "artifacts" / "audit" / name).is_dir()]
+    return [load("evaluate", name, root) for name in names] + [load("audit", name, root) for name in audited]
+
+
+def tables(found: Sequence[Artifact]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame | None]:
+    """Of `measured` artefacts: tidy tables of the final models and after further training; audits, None where there are none."""
+    parts = [(a.table("episodes.csv"), a.table("runs.csv")) for a in found if a.kind == "evaluate"]
     tidy, later = (pd.concat([table(*part) for part in parts], ignore_index=True) for table in (main_table, later_table))
-    return tidy, later, pd.concat([a.table("audits.csv") for a in audited], ignore_index=True) if audited else None
+    audits = [a.table("audits.csv") for a in found if a.kind == "audit"]
+    return tidy, later, pd.concat(audits, ignore_index=True) if audits else None
 
 
 def victims(tasks: Sequence[Task], learners: Sequence[str], root: Path) -> pd.DataFrame:
