@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,6 +80,7 @@ def test_what_is_run_again_and_what_a_failure_says(chapters, root, capfd):
     stub = root / "saferule" / "__main__.py"               # the jobs' working directory comes first on their module path
     stub.parent.mkdir(parents=True)
     stub.write_text(STUB)
+    stub.with_name("__init__.py").touch()                  # or a package found elsewhere on the path would win
     assert engine.run("smoke", notebooks=chapters) == 0
     assert git_status() == before                          # nothing is written but in the results folder
     out = capfd.readouterr().out
@@ -98,8 +100,7 @@ def test_what_is_run_again_and_what_a_failure_says(chapters, root, capfd):
     assert planned(capfd, chapters) == Counter(start=1) + later
     edit(chapters / "04_unlearn.ipynb", source="pass")
 
-    stub.unlink()
-    stub.parent.rmdir()
+    shutil.rmtree(stub.parent)
     assert engine.run("smoke", notebooks=chapters) == 1
     kept = root / "logs" / "00_start_here.ipynb"
     says = "saferule: 00_start_here: cell [3] raised ZeroDivisionError: division by zero"

@@ -20,7 +20,7 @@ from ..verdict_page import markdown
 
 def judge_models(tasks: Sequence[Task], learners: Sequence[str], method: str, profile: str, root: Path,
                  overrides: Mapping[str, Any] | None = None) -> Artifact:
-    """The verdict on a method as an artefact 'verdict/<method>'. Files: verdict.json, and verdict.md for people. As `verdict_of`."""
+    """The verdict on a method as an artefact 'verdict/<method>'. Files: verdict.json, and verdict.md. As `verdict_of`."""
     started, config = time.monotonic(), resolve(profile, "verdict", tasks[0].name, method=method, overrides=overrides)
     document = verdict_of(tasks, learners, method, profile, root, overrides)
     inputs = {f"{a.kind}:{a.name}": a for a in measured(tasks, learners, root)}
