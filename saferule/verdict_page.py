@@ -146,8 +146,8 @@ def verdict_figure(document: Mapping[str, Any], title: str = "") -> Figure:
         handles += [Line2D([], [], color="#444444", lw=1.6, label=f"{document['thresholds']['level']:.0%} interval over seeds"),
                     Line2D([], [], ls="", marker="|", color="#444444", label="a seed")]
         fig.legend(handles=handles, loc="lower center", ncol=5)
-        fig.suptitle(title or f"{METHODS[document['method']]}: {document['result']}", x=0.01, y=1 - 0.12 / H, ha="left", va="top",
-                     fontweight="bold", fontsize=12)
+        says = f"{METHODS[document['method']]}: {document['result']}" + (f"   ({document['note']})" if document["note"] else "")
+        fig.suptitle(title or says, x=0.01, y=1 - 0.12 / H, ha="left", va="top", fontweight="bold", fontsize=12)
         fig.subplots_adjust(left=left / W, right=(left + panel) / W, top=1 - 0.8 / H, bottom=0.95 / H,
                             hspace=0.75 / (height * len(CRITERIA)))
     plt.close(fig)

@@ -423,7 +423,9 @@ def test_the_picture_shows_every_criterion_in_shape_and_word():
         for row, x in enumerate(case["criteria"]):
             assert markers[-row] in {"pass": "o>", "fail": "X<", "undecided": "D<>"}[x["result"]]
         assert case["result"] in ax.get_title(loc="left")
-    bare = verdict_figure(remediation_verdict(*tables(), None))
+    assert fig.get_suptitle() == "Safe-RULE: fail"
+    bare = verdict_figure(remediation_verdict(*tables(), None, profile="smoke"))
+    assert "smoke run, not a result" in bare.get_suptitle()
     assert sum(t.get_text() == "not audited" for t in bare.axes[0].texts) == 8
 
 
