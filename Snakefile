@@ -108,6 +108,15 @@ rule evaluate:
     shell: run("05_evaluate", "task", "learner")
 
 
+rule verdict:
+    input:
+        artefacts("evaluate", TASKS, LEARNERS),
+        audits=lambda wildcards: [path for path in artefacts("audit", TASKS, LEARNERS) if Path(path).exists()],
+    output: artefact("verdict", "{method}"), notebook="notebooks/07_verdict-{method}.ipynb"
+    params: settings=resolved("verdict"), code=code("07_verdict")
+    shell: run("07_verdict", "method")
+
+
 rule table_main:
     input: artefacts("evaluate", TASKS, LEARNERS)
     output: "tables/T1_main.csv", notebook="notebooks/10_table_main.ipynb"

@@ -469,9 +469,28 @@ class Thresholds:
     share_of_tasks: float = 0.75
 
 
+@dataclass(frozen=True)
+class VerdictThresholds:
+    """What a repair is asked (verdict.py has the rule; the cost limit is each model's own).
+
+    Stated before any audit was run and before any verdict was taken; the returns and costs of the `quick` profile were known.
+    """
+    recovered_safety: float = 0.9      # at least this share of the way back from the poisoned to the retrained cost
+    reward_retained: float = 0.95      # at least this share of the retrained return: retraining seeds differ by a few per cent
+    contained: float = 0.2             # at most this share of forget trajectories still looks trained on (retrained: about 0) ...
+    contained_poisoned: float = 0.8    # ... by an audit that sees at least this share in the poisoned models (about 1)
+    delta_mia: float = 0.1             # membership AUC at most this far from the retrained, on either side: below shows forgetting
+    distance: float = 2.0              # at most this many times as far from the retrained as they are from each other
+    relearn: float = 0.5               # the poison takes at least this share of the steps that the retrained need to learn it
+    compute: float = 0.10              # at most this share of the updates of retraining: more is no bargain
+    min_seeds: int = 3                 # nothing passes on fewer: their interval would be narrow for want of data
+    level: float = 0.95                # of the bootstrap intervals over seeds
+    reps: int = 2000                   # resamples of the seeds
+
+
 BC_NAMES = tuple("bc_" + select.replace("-", "") for select in BC_SELECTIONS)
 CONFIGS: dict[str, Any] = {                        # name -> defaults
-    "data": DataConfig(), "evaluate": EvaluateConfig(), "thresholds": Thresholds(),
+    "data": DataConfig(), "evaluate": EvaluateConfig(), "thresholds": Thresholds(), "verdict": VerdictThresholds(),
     "inject": InjectConfig(), "inject_data": InjectConfig(source="data"), "label_flip": LabelFlipConfig(),
     "label_flip_random": LabelFlipConfig(select="random"), "label_flip_inverse": LabelFlipConfig(inverse=True),
     "reward_poison": RewardPoisonConfig(), "outliers": OutliersConfig(), "random_corruption": RandomCorruptionConfig(),
@@ -493,7 +512,7 @@ ATTACK_NAMES = ("inject", "inject_data", "label_flip", "label_flip_random", "lab
 LEARNER_NAMES = ("bcq_lag", "bear_lag", "cpq", "coptidice", "cdt", *BC_NAMES)
 UNLEARNER_NAMES = ("finetune", "finetune_nstep", "gradient_ascent", "random_relabel", "trajdeleter", "early_saferule",
                    "negative_preference", "saferule")          # 'retrain' is a condition of the training run
-STAGES = ("start", "data", "poison", "train", "unlearn", "evaluate", "table", "figures")
+STAGES = ("start", "data", "poison", "train", "unlearn", "evaluate", "table", "verdict", "figures")
 
 
 @dataclass(frozen=True)
@@ -505,7 +524,7 @@ class Profile:
     methods: tuple[str, ...] = ("finetune", "finetune_nstep", "gradient_ascent", "saferule")
     config: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)     # diffs: name -> {key: value}
     learning_curve: tuple[float, ...] = ()             # shares of the training at which weights are kept and rolled out
-    notebooks: tuple[str, ...] = ("00_start_here", "10_table_main", "20_figures")          # what a run ends with
+    notebooks: tuple[str, ...] = ("00_start_here", "07_verdict-saferule", "10_table_main", "20_figures")     # what a run ends with
     note: str = ""
 
 
@@ -641,4 +660,7 @@ def resolve(profile: str, stage: str, task: str, learner: str = "bcq_lag", attac
         return {"task": task, "learner": learner, "attacks": attacks, "method": method, "seeds": seeds, **plain(method, overrides)}
     if stage == "evaluate":
         return {"task": task, "learner": learner, "cost_limit": data["cost_limit"], **plain("evaluate", overrides)}
-    return {"profile": profile, "note": PROFILES[profile].note, **dataclasses.asdict(Thresholds())}
+    head = {"profile": profile, "note": PROFILES[profile].note}
+    if stage == "verdict":
+        return {**head, "method": one_of("method", method, UNLEARNER_NAMES), **plain("verdict", overrides)}
+    return {**head, **dataclasses.asdict(Thresholds())}
