@@ -101,7 +101,9 @@ rule unlearn:
 
 
 rule evaluate:
-    input: artefact("train", "{task}", "{learner}"), artefacts("unlearn", ["{task}"], ["{learner}"], METHODS)
+    input:
+        artefact("train", "{task}", "{learner}"), artefacts("unlearn", ["{task}"], ["{learner}"], METHODS),
+        artefacts("poison", ["{task}"], [attack for attack in ATTACKS if attack in settings.TRIGGERED_ATTACKS]),
     output: artefact("evaluate", "{task}", "{learner}"), notebook="notebooks/05_evaluate-{task}-{learner}.ipynb"
     params: settings=resolved("evaluate"), code=stage_code("05_evaluate")
     threads: workflow.cores

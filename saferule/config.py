@@ -480,6 +480,7 @@ CONFIGS: dict[str, Any] = {                        # name -> defaults
 ATTACK_NAMES = ("inject", "inject_data", "label_flip", "label_flip_random", "label_flip_inverse", "reward_poison", "outliers",
                 "random_corruption", "adversarial_corruption", "constant_action", "marker", "bias", "pgd_cost", "pgd_reward",
                 "baffle_return", "baffle_cost", "noise", "clean_forget", "noop", "given")
+TRIGGERED_ATTACKS = ("marker", "bias", "baffle_return", "baffle_cost")         # those that plant a trigger
 LEARNER_NAMES = ("bcq_lag", "bear_lag", "cpq", "coptidice", "cdt", *BC_NAMES)
 UNLEARNER_NAMES = ("finetune", "finetune_nstep", "gradient_ascent", "random_relabel", "trajdeleter", "early_saferule",
                    "negative_preference", "saferule")          # 'retrain' is a condition of the training run
