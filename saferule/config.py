@@ -407,6 +407,9 @@ class NegativePreferenceConfig:
     rate: float = 1.0                  # CDT: of its learning rate, which training let fall to `lr_end`
 
 
+SUPPRESSIONS, MARGINS = ("softplus", "ascent"), ("live", "frozen")
+
+
 @dataclass(frozen=True)
 class SafeRULEConfig:
     """Joint softplus suppression, annealed, then relearning (algorithms.md D.7, feasibility.md's recipe)."""
@@ -425,6 +428,11 @@ class SafeRULEConfig:
     n_step_mix: float = 0.5            # ... and their share while suppressing
     tau: float = 0.05                  # Polyak rate during the budget
     freeze_lam: bool = True            # the multiplier stays as the checkpoint has it during the budget
+    form: str = "softplus"             # softplus | ascent: of the squared Bellman error on forget rows, without a bound
+    anneal: bool = True                # off: the weight stays at its start until suppress_steps
+    margins: str = "live"              # of the values of the policy's own action: live networks' | the checkpoint's, frozen
+    fit_vae: bool = True               # off: the generative model stays as the poison left it during the budget
+    gap: float = 0.0                   # weight of the forget states in the actor's loss (algorithms.md D.7.8)
 
 
 @dataclass(frozen=True)
