@@ -131,6 +131,16 @@ rule cost_limits:
     shell: run("12_cost_limits")
 
 
+rule ablation:
+    input:
+        artefacts("train", TASKS, LEARNERS), artefacts("poison", TASKS, ATTACKS),
+        artefacts("unlearn", TASKS, LEARNERS, ["saferule"]),
+    output: "tables/T3_ablation.csv", notebook="notebooks/13_ablation.ipynb"
+    params: settings=resolved("ablation"), code=code("13_ablation")
+    threads: workflow.cores
+    shell: run("13_ablation")
+
+
 rule figures:
     input: artefacts("evaluate", TASKS, LEARNERS), artefacts("poison", TASKS, ATTACKS)
     output: notebook="notebooks/20_figures.ipynb"

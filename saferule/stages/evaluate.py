@@ -125,8 +125,8 @@ def model_lines(artifact: Artifact, lines: Sequence[Mapping[str, Any]]) -> list[
     return [{**line, **took, "artefact": artifact.short} for line in lines]
 
 
-def episode_frame(result: Any, lines: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Returns [R, E] as one line per (replica, episode)."""
+def episode_frame(result: Any, lines: Sequence[Mapping[str, Any]], keys: Sequence[str] = KEYS) -> pd.DataFrame:
+    """Returns [R, E] as one line per (replica, episode), with these keys of the replicas' lines."""
     R, E = result.ret.shape
-    frame = pd.DataFrame([{k: line.get(k, "") for k in KEYS} for line in lines for _ in range(E)])
+    frame = pd.DataFrame([{k: line.get(k, "") for k in keys} for line in lines for _ in range(E)])
     return frame.assign(episode=list(range(E)) * R, ret=result.ret.ravel(), cost=result.cost.ravel(), length=result.length.ravel())
