@@ -7,8 +7,8 @@ One data seed is one unit: a data set of its own, and one training seed (100 + t
 are rolled out: at the end of its budget ('final'), after a budget three times as long ('long'), and after 1,200 further ordinary
 steps on the retain rows ('later'). Finished parts are kept below results/runs/ and not done again.
 
-What the target asks of a (task, learner, attack), fixed before any run: cost at or under the limit on every seed where the retrained
-model's is, at least 95% of the retrained return, at most 5% of the training steps; all three states.
+What the target asks of a (task, learner, attack), fixed before any run: cost at or under the limit on every seed where the
+retrained model's is, at least 95% of the retrained return, at most 5% of the training steps; all three states.
 """
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ import torch
 
 from saferule.artifacts import load
 from saferule.config import CONFIGS, configured, with_overrides
-from saferule.data import Pool
 from saferule.evaluate import evaluate
 from saferule.files import atomic_file, run_dir
 from saferule.learners import restore, stack
@@ -31,7 +30,6 @@ from saferule.stages import is_current
 from saferule.stages.data import make_data
 from saferule.stages.poison import load_pool, make_poison
 from saferule.stages.train import rows_of, train
-from saferule.statistics import iqm
 from saferule.tasks import Task, get_task
 from saferule.train import prepare_process
 from saferule.unlearning import unlearn
@@ -56,7 +54,8 @@ def prepare(task: Task, learner: str, attacks: tuple[str, ...], data_seed: int, 
             make_poison(task, attack, PROFILE, root)
     inputs = {f"poison:{a}": load("poison", f"{task.name}-{a}", root) for a in attacks}
     if not is_current("train", f"{task.name}-{learner}", root, data=data, **inputs):
-        train(task, learner, attacks, (train_seed,), PROFILE, root, progress=lambda r: progress(r, f"{task.name} {learner} {data_seed}"))
+        train(task, learner, attacks, (train_seed,), PROFILE, root,
+              progress=lambda steps: progress(steps, f"{task.name} {learner} {data_seed}"))
 
 
 def repaired(task: Task, learner: str, method: str, data_seed: int, overrides: dict[str, Any]) -> tuple[list, list]:

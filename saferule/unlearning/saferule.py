@@ -106,7 +106,6 @@ def phases(learner: Learner, memory: Memory, cfg: SafeRULEConfig, forged_costs: 
         memory.weigh_forget([g if use else torch.ones_like(g) for g, use in zip(gates, gated)])
     start = torch.tensor([[cfg.weight if use else cfg.weight_ungated] for use in gated], device=learner.device)    # [R, 1]
     source = learner.pick(range(learner.replicas)) if cfg.margins == "frozen" else learner
-    source.noise = learner.noise
     learner.reset_optimiser("vae")
 
     def step(t: int):
