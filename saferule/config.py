@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
 from typing import Any
 
 from .errors import UserError
@@ -444,6 +445,15 @@ class FinetuneNStepConfig(SafeRULEConfig):
     weight_ungated: float = 0.0
 
 
+ABLATIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType({      # variants of Safe-RULE (T3): what differs from the full method
+    "full": {},
+    "no_cost_term": {"beta": 0.0}, "no_reward_term": {"alpha": 0.0}, "neither_term": {"alpha": 0.0, "beta": 0.0},
+    "cost_down": {"cost_sign": -1}, "ascent": {"form": "ascent"}, "no_anneal": {"anneal": False},
+    "no_relearning": {"suppress_steps": "=steps"},     # '=': the value of another setting
+    "frozen_vae": {"fit_vae": False}, "frozen_margins": {"margins": "frozen"}, "actor_gap": {"gap": 1.0},
+})
+
+
 # ------------------------------------------------------------------------------------------------- evaluation, verdicts
 
 
@@ -509,10 +519,11 @@ CONFIGS: dict[str, Any] = {                        # name -> defaults
 ATTACK_NAMES = ("inject", "inject_data", "label_flip", "label_flip_random", "label_flip_inverse", "reward_poison", "outliers",
                 "random_corruption", "adversarial_corruption", "constant_action", "marker", "bias", "pgd_cost", "pgd_reward",
                 "baffle_return", "baffle_cost", "noise", "clean_forget", "noop", "given")
+TRIGGERED_ATTACKS = ("marker", "bias", "baffle_return", "baffle_cost")         # those that plant a trigger
 LEARNER_NAMES = ("bcq_lag", "bear_lag", "cpq", "coptidice", "cdt", *BC_NAMES)
 UNLEARNER_NAMES = ("finetune", "finetune_nstep", "gradient_ascent", "random_relabel", "trajdeleter", "early_saferule",
                    "negative_preference", "saferule")          # 'retrain' is a condition of the training run
-STAGES = ("start", "data", "poison", "train", "unlearn", "evaluate", "table", "verdict", "figures")
+STAGES = ("start", "data", "poison", "train", "unlearn", "evaluate", "ablation", "table", "verdict", "figures")
 
 
 @dataclass(frozen=True)
@@ -556,7 +567,8 @@ PROFILES: dict[str, Profile] = {
             "saferule": {"steps": 90, "suppress_steps": 60, "gate_steps": 100, "tau": 0.1},
             "evaluate": {"episodes": 3, "curve_episodes": 1},
         }),
-    "quick": Profile(tasks=("BallCircle",), seeds=(0, 1, 2)),
+    "quick": Profile(tasks=("BallCircle",), seeds=(0, 1, 2),
+                     notebooks=("00_start_here", "10_table_main", "13_ablation", "20_figures")),
     "standard": Profile(tasks=("BallRun", "CarRun", "BallCircle", "CarCircle"), seeds=(0, 1, 2)),
     "learners": Profile(                                   # the clean benchmark of all learners, at quick sizes
         tasks=("BallRun", "CarRun", "BallCircle", "CarCircle"), seeds=(0, 1, 2), attacks=(), methods=(),
@@ -631,6 +643,14 @@ def configured(name: str, profile: str, task: str, overrides: Mapping[str, Any] 
     return with_overrides(config, overrides or {}, name)
 
 
+def ablated(variant: str, profile: str, task: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What to override in 'saferule' to get one of ABLATIONS: the user's own overrides and, over them, the variant's."""
+    base = configured("saferule", profile, task, overrides)
+    value = lambda v: getattr(base, v[1:]) if isinstance(v, str) and v.startswith("=") else v
+    diff = ABLATIONS[one_of("variant of Safe-RULE", variant, ABLATIONS)]
+    return {**(overrides or {}), **{k: value(v) for k, v in diff.items()}}
+
+
 def resolve(profile: str, stage: str, task: str, learner: str = "bcq_lag", attacks: Iterable[str] = (),
             method: str = "", seeds: Iterable[int] = (), overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """All settings that one stage (= one notebook) of the chain depends on, as a JSON-able dictionary.
@@ -663,4 +683,7 @@ def resolve(profile: str, stage: str, task: str, learner: str = "bcq_lag", attac
     head = {"profile": profile, "note": PROFILES[profile].note}
     if stage == "verdict":
         return {**head, "method": one_of("method", method, UNLEARNER_NAMES), **plain("verdict", overrides)}
+    if stage == "ablation":
+        variants = {variant: plain("saferule", ablated(variant, profile, task, overrides)) for variant in ABLATIONS}
+        return {**head, "attacks": attacks, "seeds": seeds, "variants": variants, "evaluate": plain("evaluate")}
     return {**head, **dataclasses.asdict(Thresholds())}
