@@ -451,6 +451,7 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType({      # variants 
     "cost_down": {"cost_sign": -1}, "ascent": {"form": "ascent"}, "no_anneal": {"anneal": False},
     "no_relearning": {"suppress_steps": "=steps"},     # '=': the value of another setting
     "frozen_vae": {"fit_vae": False}, "frozen_margins": {"margins": "frozen"}, "actor_gap": {"gap": 1.0},
+    "all_rows": {"temptation": 0.0}, "one_step": {"n_step_mix": 0.0}, "long_throughout": {"anneal_mix": False},
 })
 
 
