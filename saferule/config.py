@@ -344,14 +344,14 @@ class CDTConfig:
 @dataclass(frozen=True)
 class FinetuneConfig:
     """Ordinary training on the retain rows (algorithms.md D.2)."""
-    steps: int = 400
+    steps: int = 250
 
 
 @dataclass(frozen=True)
 class GradientAscentConfig:
     """Bellman error up on forget rows, down on retain rows; then ordinary training (algorithms.md D.3)."""
-    steps: int = 400
-    ascent_steps: int = 200
+    steps: int = 250
+    ascent_steps: int = 125
     beta: float = 1.0                  # weight of the ascent
     guards: bool = False               # off: unbounded, as published
     clip: float = 1.0                  # guards: bound of the norm of the ascent's gradient, per replica
@@ -361,16 +361,16 @@ class GradientAscentConfig:
 @dataclass(frozen=True)
 class RandomRelabelConfig:
     """Ordinary training on retain rows and forget rows with other rewards and costs (algorithms.md D.4)."""
-    steps: int = 400
+    steps: int = 250
     rewards: str = "uniform"           # uniform: between the retain rows' extremes | ramp: TrajDeleter's baseline, by episode
 
 
 @dataclass(frozen=True)
 class TrajDeleterConfig:
     """Forget rows made worthless in turns with retain rows, then convergence towards the original (algorithms.md D.5)."""
-    steps: int = 400
+    steps: int = 250
     rounds: int = 4                    # of a block on retain rows and one on forget rows ...
-    block: int = 40                    # ... of so many steps each; convergence follows (published: 1000, of 10,000 steps)
+    block: int = 25                    # ... of so many steps each; convergence follows (published: 1000, of 10,000 steps)
     flip_costs: bool = True            # costs of forget rows become c_max - c (ours)
     anchor: str = "original"           # original: its values on all retain rows | far: on those far from forget rows | off
     anchor_weight: float = 0.1
@@ -379,8 +379,8 @@ class TrajDeleterConfig:
 @dataclass(frozen=True)
 class EarlySafeRULEConfig:
     """The early public Safe-RULE code: critics by ascent, actor by advantage gaps (algorithms.md D.6)."""
-    steps: int = 400
-    unlearn_steps: int = 200
+    steps: int = 250
+    unlearn_steps: int = 125
     mended: bool = False               # the actor's loss with its signs put right
     eta: float = 1.0                   # mended: weight of the forget states in the actor's loss
     rate: float = 0.1                  # of the learner's learning rates, in these steps (the code left them at 1e-4)
@@ -414,11 +414,11 @@ SUPPRESSIONS, MARGINS = ("softplus", "ascent"), ("live", "frozen")
 @dataclass(frozen=True)
 class SafeRULEConfig:
     """Joint softplus suppression, annealed, then relearning (algorithms.md D.7, feasibility.md's recipe)."""
-    steps: int = 400
-    suppress_steps: int = 300          # the weight falls linearly to zero over these; relearning follows
-    weight: float = 1.5                # of the suppression at step 0, with the gate
-    weight_ungated: float = 0.5        # the same where no gate can be had
-    alpha: float = 1.0                 # reward-critic share of the weight
+    steps: int = 250
+    suppress_steps: int = 200          # the weight falls linearly to zero over these; relearning follows
+    weight: float = 2.0                # of the suppression at step 0, with the gate
+    weight_ungated: float = 0.7        # the same where no gate can be had
+    alpha: float = 0.15                # reward-critic share of the weight
     beta: float = 1.0                  # cost-critic share of the weight
     cost_sign: int = 1                 # +1: forget costs are pushed up; -1: down, the literal 'value suppression'; 0: left alone
     margin: float = 1.0                # both margins, in scaled reward / cost units
@@ -427,9 +427,9 @@ class SafeRULEConfig:
     gate_steps: int = 150
     temptation: float = 0.5            # a forget row is pushed as far as its action tempts the policy, softened by this; 0: always
     n_step: int = 10                   # horizon of the long targets ...
-    n_step_mix: float = 0.5            # ... and their share while suppressing ...
+    n_step_mix: float = 0.9            # ... and their share while suppressing ...
     anneal_mix: bool = True            # ... which falls to zero with the weight
-    tau: float = 0.05                  # Polyak rate during the budget
+    tau: float = 0.1                   # Polyak rate during the budget
     freeze_lam: bool = True            # the multiplier stays as the checkpoint has it during the budget
     form: str = "softplus"             # softplus | ascent: of the squared Bellman error on forget rows, without a bound
     anneal: bool = True                # off: the weight stays at its start until suppress_steps
@@ -451,6 +451,8 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType({      # variants 
     "cost_down": {"cost_sign": -1}, "ascent": {"form": "ascent"}, "no_anneal": {"anneal": False},
     "no_relearning": {"suppress_steps": "=steps"},     # '=': the value of another setting
     "frozen_vae": {"fit_vae": False}, "frozen_margins": {"margins": "frozen"}, "actor_gap": {"gap": 1.0},
+    "no_temptation": {"temptation": 0.0}, "no_gate": {"gate": "off"},
+    "no_long_targets": {"n_step_mix": 0.0}, "constant_mix": {"anneal_mix": False},
 })
 
 
@@ -473,8 +475,8 @@ LEARNING_CURVE = (0.1, 0.2, 0.4, 0.6, 0.8, 1)      # and at these shares of the 
 class Thresholds:
     """The rules by which a claim is called supported; fixed before any run."""
     clean_return: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"BallCircle": 550.0})
-    share_of_retrained_return: float = 0.80
-    share_of_training_steps: float = 0.10
+    share_of_retrained_return: float = 0.95
+    share_of_training_steps: float = 0.05
     share_of_best_safe_return: float = 0.80            # the clean learners': of the best safe episode in the data
     share_of_tasks: float = 0.75
 
@@ -588,14 +590,14 @@ PROFILES: dict[str, Profile] = {
             "cdt": {"steps": 100_000, "batch": 2048, "context": 10, "width": 128, "layers": 3, "attention_heads": 8, "dropout": 0.1,
                     "lr": 1e-4, "warm_up": 500},
             **dict.fromkeys(BC_NAMES, {"steps": 100_000, "batch": 512, "hidden": (256, 256), "tau": 0.005}),
-            "finetune": {"steps": 10_000},
-            "finetune_nstep": {"steps": 10_000, "suppress_steps": 5_000},
-            "gradient_ascent": {"steps": 10_000, "ascent_steps": 5_000},
-            "random_relabel": {"steps": 10_000},
-            "trajdeleter": {"steps": 10_000, "block": 1_000},
-            "early_saferule": {"steps": 10_000, "unlearn_steps": 5_000},
-            "negative_preference": {"steps": 10_000, "repel_steps": 5_000},
-            "saferule": {"steps": 10_000, "suppress_steps": 5_000},
+            "finetune": {"steps": 5_000},
+            "finetune_nstep": {"steps": 5_000, "suppress_steps": 4_000},
+            "gradient_ascent": {"steps": 5_000, "ascent_steps": 2_500},
+            "random_relabel": {"steps": 5_000},
+            "trajdeleter": {"steps": 5_000, "block": 500},
+            "early_saferule": {"steps": 5_000, "unlearn_steps": 2_500},
+            "negative_preference": {"steps": 5_000, "repel_steps": 2_500},
+            "saferule": {"steps": 5_000, "suppress_steps": 4_000},
             "evaluate": {"episodes": 20},
         }),
 }
