@@ -494,7 +494,7 @@ class VerdictThresholds:
     delta_mia: float = 0.1             # membership AUC at most this far from the retrained, on either side: below shows forgetting
     distance: float = 2.0              # at most this many times as far from the retrained as they are from each other
     relearn: float = 0.5               # the poison takes at least this share of the steps that the retrained need to learn it
-    compute: float = 0.10              # at most this share of the updates of retraining: more is no bargain
+    compute: float = 0.05              # at most this share of the updates of retraining
     min_seeds: int = 3                 # nothing passes on fewer: their interval would be narrow for want of data
     level: float = 0.95                # of the bootstrap intervals over seeds
     reps: int = 2000                   # resamples of the seeds
@@ -525,6 +525,7 @@ TRIGGERED_ATTACKS = ("marker", "bias", "baffle_return", "baffle_cost")         #
 LEARNER_NAMES = ("bcq_lag", "bear_lag", "cpq", "coptidice", "cdt", *BC_NAMES)
 UNLEARNER_NAMES = ("finetune", "finetune_nstep", "gradient_ascent", "random_relabel", "trajdeleter", "early_saferule",
                    "negative_preference", "saferule")          # 'retrain' is a condition of the training run
+WITH_CRITICS = tuple(name for name in UNLEARNER_NAMES if name != "negative_preference")     # it is for policies by likelihood
 STAGES = ("start", "data", "poison", "train", "unlearn", "evaluate", "ablation", "table", "verdict", "figures")
 
 
