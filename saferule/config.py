@@ -416,9 +416,9 @@ class SafeRULEConfig:
     """Joint softplus suppression, annealed, then relearning (algorithms.md D.7, feasibility.md's recipe)."""
     steps: int = 250
     suppress_steps: int = 200          # the weight falls linearly to zero over these; relearning follows
-    weight: float = 2.0                # of the suppression at step 0, with the gate
-    weight_ungated: float = 0.7        # the same where no gate can be had
-    alpha: float = 0.15                # reward-critic share of the weight
+    weight: float = 2.5                # of the suppression at step 0, with the gate
+    weight_ungated: float = 0.8        # the same where no gate can be had
+    alpha: float = 0.1                 # reward-critic share of the weight
     beta: float = 1.0                  # cost-critic share of the weight
     cost_sign: int = 1                 # +1: forget costs are pushed up; -1: down, the literal 'value suppression'; 0: left alone
     margin: float = 1.0                # both margins, in scaled reward / cost units
