@@ -570,9 +570,8 @@ PROFILES: dict[str, Profile] = {
             "saferule": {"steps": 90, "suppress_steps": 60, "gate_steps": 100, "tau": 0.1},
             "evaluate": {"episodes": 3, "curve_episodes": 1},
         }),
-    "quick": Profile(tasks=("BallCircle",), seeds=(0, 1, 2),
-                     notebooks=("00_start_here", "10_table_main", "13_ablation", "20_figures")),
-    "standard": Profile(tasks=("BallRun", "CarRun", "BallCircle", "CarCircle"), seeds=(0, 1, 2)),
+    "quick": Profile(tasks=("BallCircle",), seeds=(0, 1, 2), methods=WITH_CRITICS),
+    "standard": Profile(tasks=("BallRun", "CarRun", "BallCircle", "CarCircle"), seeds=(0, 1, 2), methods=WITH_CRITICS),
     "learners": Profile(                                   # the clean benchmark of all learners, at quick sizes
         tasks=("BallRun", "CarRun", "BallCircle", "CarCircle"), seeds=(0, 1, 2), attacks=(), methods=(),
         learners=("bcq_lag", "bear_lag", "cpq", "coptidice", "cdt", *BC_NAMES),
