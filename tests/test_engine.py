@@ -19,7 +19,7 @@ from saferule.sources import PACKAGE, PRESENTATION, closure, digest, imports, la
 
 LISTS = 'task = "BallRun"\nlearner = "bcq_lag"\nattacks = ""\nmethod = "saferule"\nseeds = "0,1"\ndevice = "cpu"'
 PARAMETERS = {"00_start_here": "", "01_data": 'task = "BallRun"', "02_poison": 'task = "BallRun"\nattack = "inject"',
-              "03_train": LISTS, "04_unlearn": LISTS, "05_evaluate": LISTS, "10_table_main": "",
+              "03_train": LISTS, "04_unlearn": LISTS, "05_evaluate": LISTS, "06_audit": LISTS, "10_table_main": "",
               "11_learners": 'learners = ""', "12_cost_limits": "", "20_figures": 'tasks = ""'}
 
 
