@@ -463,7 +463,7 @@ class AuditConfig:
     relearn_steps: int = 400           # relearning stops here
     relearn_every: int = 10            # steps between probes ...
     relearn_rows: int = 256            # ... of the actions at so many forget rows
-    relearn_share: float = 0.5         # of the way back to the poisoned models' actions
+    relearn_share: float = 0.5         # of the poison that is to come back
     bootstrap: int = 1000              # samples of trajectories behind an interval
     seed: int = 0
 
@@ -550,7 +550,7 @@ PROFILES: dict[str, Profile] = {
             "saferule": {"steps": 90, "suppress_steps": 60, "gate_steps": 100, "tau": 0.1},
             "evaluate": {"episodes": 3, "curve_episodes": 1},
             "audit": {"trajectories": 16, "rows": 256, "samples": 4, "copies": 2, "shadow_steps": 30, "published_copies": 2,
-                      "relearn_steps": 90, "relearn_rows": 128, "bootstrap": 200},
+                      "relearn_steps": 300, "relearn_rows": 128, "bootstrap": 200},
         }),
     "quick": Profile(tasks=("BallCircle",), seeds=(0, 1, 2)),
     "standard": Profile(tasks=("BallRun", "CarRun", "BallCircle", "CarCircle"), seeds=(0, 1, 2)),

@@ -91,7 +91,7 @@ def _text(line) -> str:
 def forgetting_figure(audits: pd.DataFrame, title: str = "") -> Figure:
     """A strip per audit (rows) and case (columns): every seed of every method a dot between the two ends, poisoned and retrained.
 
-    Dashed: means of the two ends. Beyond the strip lie what an arrow at its edge points to. Faint strip: the ends overlap.
+    Dashed: means of the two ends. Arrow and number: models beyond the strip, and their median. Grey strip: the ends overlap.
     """
     keys = list(audits.groupby(CASE, sort=False).groups)
     names = [a for a in SHOWN if a in set(audits.audit)]
@@ -110,8 +110,9 @@ def forgetting_figure(audits: pd.DataFrame, title: str = "") -> Figure:
             row[0].set_ylabel(SHOWN[name][0].replace(", ", ",\n"), rotation=0, ha="right", va="center", fontweight="bold",
                               fontsize=9)
         for ax, key in zip(axes[0], keys):
-            ax.set_title(_name(key), pad=8)
-        handles = [Line2D([], [], ls="", marker=MARKERS[m], color=COLOURS[m], ms=7, mec="white", label=METHODS[m]) for m in order]
+            ax.set_title(ATTACKS.get(key[2], key[2]) if audits[CASE[:2]].drop_duplicates().shape[0] == 1 else _name(key), pad=12)
+        handles = [Line2D([], [], ls="", marker=MARKERS[m], color=COLOURS[m], ms=10 if MARKERS[m] == "*" else 7, mec="white",
+                          mew=0.4, label=METHODS[m]) for m in order]
         fig.legend(handles=handles, loc="lower center", ncol=min(len(order), 4 * len(keys)), fontsize=8.5)
         fig.suptitle(title, x=0.02, ha="left", fontweight="bold", fontsize=12)
         H = fig.get_figheight()
@@ -128,28 +129,30 @@ def _strip(ax, part: pd.DataFrame, order: list[str], told: bool) -> None:
         ax.text(0.5, 0.5, "not audited", transform=ax.transAxes, ha="center", va="center", color="#777777", fontsize=9)
         ax.set(xticks=[], yticks=[])
         return
-    span = max(known.max() - known.min(), 1e-3)
+    span, name = max(known.max() - known.min(), 1e-3), part.audit.iloc[0]
     low, high = known.min() - 0.45 * span, known.max() + 0.45 * span
+    if name.startswith("contained"):
+        low, high = -0.04, 1.04
+    elif not name.startswith("delta"):
+        low = max(low, -0.04 * high)
     for m, values in ends.items():
         ax.axvline(values.mean(), color=COLOURS[m], ls=(0, (4, 3)), lw=1.0, zorder=1)
     for y, method in enumerate(order):
         seeds = part[part.method == method].sort_values("seed").value.to_numpy()
         at = y + np.linspace(-0.22, 0.22, len(seeds)) if len(seeds) > 1 else np.array([y] * len(seeds))
-        inside = (seeds >= low) & (seeds <= high)
         look = {"color": COLOURS[method], "lw": 0.4, "edgecolors": "white", "clip_on": False, "zorder": 3}
+        inside = (seeds >= low) & (seeds <= high)
         ax.scatter(seeds[inside], at[inside], s=34 * (2 if MARKERS[method] == "*" else 1), marker=MARKERS[method], **look)
-        for value, place in zip(seeds[~inside], at[~inside]):
-            right = value > high
-            ax.scatter([high if right else low], [place], s=26, marker=">" if right else "<", **look)
-        if (~inside).any():
-            right = seeds[~inside][0] > high
-            ax.annotate(number(float(np.median(seeds[~inside])), 1), (high if right else low, y), (-6 if right else 6, 0),
-                        textcoords="offset points", ha="right" if right else "left", va="center", fontsize=7, color=COLOURS[method])
+        for beyond, edge, arrow, inwards, side in ((seeds < low, low, "<", 6, "left"), (seeds > high, high, ">", -6, "right")):
+            if beyond.any():
+                ax.scatter(np.full(beyond.sum(), edge), at[beyond], s=26, marker=arrow, **look)
+                ax.annotate(number(float(np.median(seeds[beyond]))), (edge, y), (inwards, 0), textcoords="offset points", ha=side,
+                            va="center", fontsize=7, color=COLOURS[method])
     ax.set(xlim=(low, high), ylim=(len(order) - 0.4, -0.6), yticks=[])
     ax.tick_params(axis="x", labelsize=8, pad=1)
     if not told:
         ax.set_facecolor("#F2F2F2")
-        ax.text(0.995, 0.03, "ends not told apart", transform=ax.transAxes, ha="right", va="bottom", fontsize=7.5, color="#777777")
+        ax.text(1, 1.01, "ends not told apart", transform=ax.transAxes, ha="right", va="bottom", fontsize=7.5, color="#777777")
 
 
 def _name(key) -> str:

@@ -15,7 +15,7 @@ from conftest import make_learner, make_pool
 from saferule import forgetting
 from saferule.artifacts import load, save
 from saferule.audit import AUDITS, HeldOut, audit, contained, distance, membership, numbers, probes
-from saferule.audit.relearn import acted, first_time, separated, way_to_poison
+from saferule.audit.relearning import acted, first_time, regained, separated
 from saferule.config import CONFIGS, AuditConfig
 from saferule.data import Pool
 from saferule.errors import UserError
@@ -161,11 +161,12 @@ def test_relearn_time_by_hand():
     assert separated([0.9, 1.1], [-0.1, 0.2]) and not separated([0.4, 1.6], [0.0, 0.0]) and not separated([1.0, 1.0], [0.6, -0.6])
 
 
-def test_the_way_to_the_poison_by_hand():
-    """One state; poisoned models act (2, 0), retrained ones (0, 0): what counts is the first entry, over 2."""
-    at = np.array([[2.0, 0], [0, 1], [0, -1], [1, 7]])[None, :, None]                     # [P, R, n, n_act]
+def test_what_is_regained_by_hand():
+    """One state, poisoned models at 3 and 5, retrained ones at -1 and 1: from the mean 4 they are 1 and 4 away on average."""
+    at = np.array([3.0, 5, -1, 1, 2, -8])[None, :, None, None]                            # [P, R, n, n_act]
     later = np.concatenate([at, at + 1])
-    assert way_to_poison(later, [0], [1, 2]).tolist() == [[1, 0, 0, 0.5], [1.5, 0.5, 0.5, 1]]
+    assert np.allclose(regained(later, [0, 1], [2, 3]), [[1, 1, -1 / 3, 1 / 3, 2 / 3, -8 / 3], [4 / 3, 2 / 3, 0, 2 / 3, 1, -7 / 3]])
+    assert np.isnan(regained(at, [0, 2], [3, 4])).all() and not separated(np.array([np.nan]), np.array([np.nan]))
 
 
 # ------------------------------------------------------------------------------------------------- probes, stacked models
@@ -305,11 +306,11 @@ def test_intervals_are_there_and_hold_the_value(known):
     assert len(rows) == len(rows.drop_duplicates(["audit", "method", "seed"]))
 
 
-def test_a_censored_time_says_so():
-    """With hardly a step to relearn in, retrained models never do, and then there is no time to compare with."""
+def test_without_a_time_to_compare_with_there_is_none():
+    """With hardly a step to relearn in, retrained models never do."""
     found, _ = known_answers(steps=150, cfg=replace(SMALL, relearn_steps=2, relearn_every=1, shadow_steps=1))
     assert "relearn" not in set(found.audits.audit)
-    assert any("not every retrained model relearned" in note for note in found.notes)
+    assert any("no relearn time: not every retrained model" in note for note in found.notes)
 
 
 def test_without_critics_only_actions_are_audited():

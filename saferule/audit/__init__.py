@@ -20,7 +20,7 @@ from ..train import Learner, Resume
 from . import contained, distance, membership
 from .numbers import auc, interval
 from .probes import Trajectories, actions, every_few, go_on, has_critics, remembers, trajectories, values
-from .relearn import first_time, relearn, separated, way_to_poison
+from .relearning import first_time, regained, relearn, separated
 
 AUDITS = {                             # name -> how it reads for people
     "contained_q": "contained, reward critic", "contained_c": "contained, cost critic",
@@ -278,18 +278,19 @@ def audit_relearning(log: _Log, models: Learner, lines: Sequence[Mapping[str, An
         mine = [a for a, line in enumerate(lines) if (line["attack"], line["cost_limit"]) == case]
         own = [lines[a] for a in mine]
         bad, gold = _at(own, "poisoned"), _at(own, "retrain")
-        way = way_to_poison(acted[:, mine], bad, gold) if bad and len(gold) > 1 else None                  # [P, A]
-        if way is None or not separated(way[0, bad], way[0, gold]):
+        share = regained(acted[:, mine], bad, gold) if bad and len(gold) > 1 else None                     # [P, A]
+        if share is None or not separated(share[0, bad], share[0, gold]):
             log.notes.append(f"{case[0]}: no relearn time: at the forget states the actions of the poisoned models are not told "
                              f"from those of the retrained ones (two or more are needed).")
             continue
-        curves += [{**_key(line), "step": t, "share": way[p, a]} for a, line in enumerate(own) for p, t in enumerate(steps)]
-        times = [first_time(steps, way[:, a], cfg.relearn_share) for a in range(len(own))]
+        curves += [{**_key(line), "step": t, "share": share[p, a]} for a, line in enumerate(own) for p, t in enumerate(steps)]
+        times = [first_time(steps, share[:, a], cfg.relearn_share) for a in range(len(own))]
+        if not all(times[g][1] for g in gold):             # nothing to compare with
+            log.notes.append(f"{case[0]}: no relearn time: not every retrained model relearned within {steps[-1]} steps; raise "
+                             f"relearn_steps.")
+            continue
         for a, line in enumerate(own):
-            rest, (time, reached) = [times[g] for g in gold if g != a], times[a]
-            usual = np.median([t for t, _ in rest])
-            if usual > 0 and sum(known for _, known in rest) > len(rest) / 2:              # else the median is not known
-                log.add(line, "relearn", time / usual, np.nan if reached else time / usual, np.nan, n=cfg.relearn_rows)
-        if not all(times[g][1] for g in gold):
-            log.notes.append(f"{case[0]}: not every retrained model relearned within {steps[-1]} steps.")
+            time, reached = times[a]
+            ratio = time / np.median([times[g][0] for g in gold if g != a])
+            log.add(line, "relearn", ratio, np.nan if reached else ratio, np.nan, n=cfg.relearn_rows)
     return pd.DataFrame(curves)

@@ -1,9 +1,9 @@
 """How soon does the poison come back if a model is trained on it again? (algorithms.md E.3; ours)
 
 Every model goes on with ordinary training on the forget rows alone, with fresh optimisers: on the whole poisoned data the same
-takes several times as long. What is watched is behaviour, an attack success rate without steps: how far on the way from the
-retrained models' actions to the poisoned ones', at forget states, the model's own actions are. k* is the first probe at which it
-is half. A model that only hides the poison gets it back sooner than one that never had it; a poisoned one has it, k* = 0.
+takes several times as long. What is watched is behaviour: how near a model's actions at forget states are to the poisoned models',
+0 as the retrained models are on average before, 1 as the poisoned ones are themselves. k* is the first probe at which it is half
+way back. A model that only hides the poison gets it back sooner than one that never had it; a poisoned one has it, k* = 0.
 Shapes      R replicas, n probed rows, P probes
 """
 from __future__ import annotations
@@ -37,15 +37,15 @@ def relearn(learner: Learner, pool: Pool, forget: Sequence[Rows], rows: Sequence
     return sorted(kept), np.stack([kept[t]["actions"].double().cpu().numpy() for t in sorted(kept)])
 
 
-def way_to_poison(actions: np.ndarray, poisoned: Sequence[int], retrained: Sequence[int]) -> np.ndarray:
-    """How far along the line from the retrained models' mean actions at the first probe to the poisoned ones' they are.
+def regained(actions: np.ndarray, poisoned: Sequence[int], retrained: Sequence[int]) -> np.ndarray:
+    """How much nearer to the poisoned models' behaviour than the retrained ones: (D_R - D) / (D_R - D_P), NaN where D_R <= D_P.
 
-    actions [P, R, n, n_act] -> [P, R]: sum over states of (a - a_R) . (a_P - a_R), over that of |a_P - a_R|^2. The retrained models
-    start at 0 on average, the poisoned ones at 1.
+    actions [P, R, n, n_act] -> [P, R]. D is the mean distance from the poisoned models' mean action at the first probe; D_R and D_P
+    are the means over the retrained and the poisoned models there. A model that acts at random is further off than either: below 0.
     """
-    gold, bad = (actions[0, list(which)].mean(0) for which in (retrained, poisoned))
-    line = bad - gold
-    return ((actions - gold) * line).sum((-1, -2)) / np.square(line).sum()
+    distance = np.linalg.norm(actions - actions[0, list(poisoned)].mean(0), axis=-1).mean(-1)                # [P, R]
+    gold, bad = distance[0, list(retrained)].mean(), distance[0, list(poisoned)].mean()
+    return (gold - distance) / (gold - bad) if gold > bad else np.full_like(distance, np.nan)
 
 
 def separated(poisoned: np.ndarray, retrained: np.ndarray) -> bool:
