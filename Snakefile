@@ -101,7 +101,9 @@ rule unlearn:
 
 
 rule evaluate:
-    input: artefact("train", "{task}", "{learner}"), artefacts("unlearn", ["{task}"], ["{learner}"], METHODS)
+    input:
+        artefact("train", "{task}", "{learner}"), artefacts("unlearn", ["{task}"], ["{learner}"], METHODS),
+        artefacts("poison", ["{task}"], [attack for attack in ATTACKS if attack in settings.TRIGGERED_ATTACKS]),
     output: artefact("evaluate", "{task}", "{learner}"), notebook="notebooks/05_evaluate-{task}-{learner}.ipynb"
     params: settings=resolved("evaluate"), code=stage_code("05_evaluate")
     threads: workflow.cores
@@ -117,6 +119,15 @@ rule audit:
 
 rule forgetting:                                           # every audit of the profile, and with them T5; no profile ends with it
     input: artefacts("audit", TASKS, LEARNERS)
+
+
+rule verdict:
+    input:
+        artefacts("evaluate", TASKS, LEARNERS),
+        audits=lambda wildcards: [path for path in artefacts("audit", TASKS, LEARNERS) if Path(path).exists()],
+    output: artefact("verdict", "{method}"), notebook="notebooks/07_verdict-{method}.ipynb"
+    params: settings=resolved("verdict"), code=code("07_verdict")
+    shell: run("07_verdict", "method")
 
 
 rule table_main:
@@ -138,6 +149,16 @@ rule cost_limits:
     output: "tables/T0_cost_limits.csv", notebook="notebooks/12_cost_limits.ipynb"
     params: settings=resolved("table"), code=code("12_cost_limits")
     shell: run("12_cost_limits")
+
+
+rule ablation:
+    input:
+        artefacts("train", TASKS, LEARNERS), artefacts("poison", TASKS, ATTACKS),
+        artefacts("unlearn", TASKS, LEARNERS, ["saferule"]),
+    output: "tables/T3_ablation.csv", notebook="notebooks/13_ablation.ipynb"
+    params: settings=resolved("ablation"), code=code("13_ablation")
+    threads: workflow.cores
+    shell: run("13_ablation")
 
 
 rule figures:

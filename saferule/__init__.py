@@ -11,6 +11,7 @@ _WHERE = {
     "ATTACKS": "attacks", "poison": "attacks",                                                  # attacks
     "UNLEARNERS": "unlearning", "unlearn": "unlearning",                                        # unlearning
     "evaluate": "evaluate",                                                                     # rollouts, for reporting
+    "remediation_verdict": "verdict",                                                           # did the repair work?
     "save": "artifacts", "load": "artifacts", "UserError": "errors",                            # files
 }
 __all__ = list(_WHERE)

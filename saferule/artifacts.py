@@ -48,7 +48,8 @@ from saferule.sources import REPO
 
 SCHEMA = "saferule-artifact/1"
 NOTEBOOKS = {"data": "01_data", "poison": "02_poison", "train": "03_train", "unlearn": "04_unlearn",
-             "evaluate": "05_evaluate", "audit": "06_audit", "table": "10_table_main", "figure": "20_figures"}
+             "evaluate": "05_evaluate", "audit": "06_audit", "verdict": "07_verdict", "table": "10_table_main",
+             "figure": "20_figures"}
 LIBRARIES = ("torch", "numpy", "pandas", "h5py", "safetensors", "gymnasium", "bullet-safety-gym", "pybullet", "mujoco",
              "d4rl", "wandb", "triton")
 MAX_MANIFEST = 16 << 20                                   # bytes
@@ -121,7 +122,7 @@ def save(kind: str, name: str, files: Mapping[str, object], config, inputs: Mapp
             manifest = {
                 "schema": SCHEMA, "kind": kind, "name": name, "config": config, "replicas": replicas,
                 "inputs": {k: {"kind": a.kind, "name": a.name, "id": a.id} for k, a in sorted((inputs or {}).items())},
-                "files": table, "code": _code(), "libraries": _libraries(), "device": device or _device(),
+                "files": table, "code": code_version(), "libraries": _libraries(), "device": device or _device(),
                 "python": platform.python_version(), "seconds": seconds,
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
             }
@@ -319,7 +320,7 @@ def _parse(text: bytes | str):
 
 
 @functools.cache
-def _code() -> dict:
+def code_version() -> dict:
     """Which code this process runs: the commit, if any, and a digest of the package's sources."""
     h = hashlib.sha256()
     package = Path(__file__).resolve().parent

@@ -1,7 +1,7 @@
-"""The command line: `saferule reproduce | reference | notebook | check | verify | download | import | export`.
+"""The command line: `saferule reproduce | reference | notebook | check | verify | verdict | download | import | export`.
 
 Bad input ends with one line `saferule: ...` on stderr and exit code 2; Ctrl-C with one line and 130; a notebook that failed
-for another reason with one line and 1.
+for another reason with one line and 1. `verdict` ends with 0 for a pass and 1 for anything less.
 """
 from __future__ import annotations
 
@@ -46,6 +46,14 @@ def parser() -> argparse.ArgumentParser:
 
     verify = commands.add_parser("verify", help="compare an artefact's files with the hashes in its manifest")
     verify.add_argument("path", type=Path, metavar="ARTEFACT", help="its folder or its manifest.json")
+
+    verdict = commands.add_parser("verdict", help="judge a repair against stated thresholds: exit code 0 if it passes, 1 if not")
+    verdict.add_argument("file", type=Path, nargs="?", metavar="VERDICT.json", help="one that was handed in: check and show it")
+    verdict.add_argument("--profile", default="quick", help="whose models are judged; default: quick")
+    verdict.add_argument("--method", default="saferule", help="default: saferule")
+    verdict.add_argument("--tasks", default="", help="such as BallCircle,CarCircle; default: the profile's")
+    verdict.add_argument("--learners", default="", help="such as bcq_lag,cpq; default: the profile's")
+    verdict.add_argument("--json", action="store_true", help="print the JSON instead of the page")
 
     reference = commands.add_parser("reference", help="copy tables, figures, notebooks and manifests to results/reference")
     reference.add_argument("--profile", default="quick")
@@ -124,6 +132,22 @@ def verify(args: argparse.Namespace) -> int:
     artefact = compare(args.path.parent if args.path.name == "manifest.json" else args.path)
     print(f"{args.path}: {artefact.kind} {artefact.name}, {artefact.short}: every file matches its hash")
     return 0
+
+
+def verdict(args: argparse.Namespace) -> int:
+    import json
+
+    from .notebook import checked
+    from .verdict_file import read
+    from .verdict_page import markdown
+    if args.file:
+        document = read(args.file)
+    else:
+        from .stages.verdict import verdict_of
+        given = checked({"profile": args.profile, "tasks": args.tasks, "learners": args.learners, "method": args.method})
+        document = verdict_of(given.tasks, given.learners, given.method, given.profile, given.root)
+    print(json.dumps(document, indent=1, ensure_ascii=False) if args.json else markdown(document).rstrip())
+    return 0 if document["result"] == "pass" else 1
 
 
 def reference(args: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
 from typing import Any
 
 from .errors import UserError
@@ -343,14 +344,14 @@ class CDTConfig:
 @dataclass(frozen=True)
 class FinetuneConfig:
     """Ordinary training on the retain rows (algorithms.md D.2)."""
-    steps: int = 400
+    steps: int = 250
 
 
 @dataclass(frozen=True)
 class GradientAscentConfig:
     """Bellman error up on forget rows, down on retain rows; then ordinary training (algorithms.md D.3)."""
-    steps: int = 400
-    ascent_steps: int = 200
+    steps: int = 250
+    ascent_steps: int = 125
     beta: float = 1.0                  # weight of the ascent
     guards: bool = False               # off: unbounded, as published
     clip: float = 1.0                  # guards: bound of the norm of the ascent's gradient, per replica
@@ -360,16 +361,16 @@ class GradientAscentConfig:
 @dataclass(frozen=True)
 class RandomRelabelConfig:
     """Ordinary training on retain rows and forget rows with other rewards and costs (algorithms.md D.4)."""
-    steps: int = 400
+    steps: int = 250
     rewards: str = "uniform"           # uniform: between the retain rows' extremes | ramp: TrajDeleter's baseline, by episode
 
 
 @dataclass(frozen=True)
 class TrajDeleterConfig:
     """Forget rows made worthless in turns with retain rows, then convergence towards the original (algorithms.md D.5)."""
-    steps: int = 400
+    steps: int = 250
     rounds: int = 4                    # of a block on retain rows and one on forget rows ...
-    block: int = 40                    # ... of so many steps each; convergence follows (published: 1000, of 10,000 steps)
+    block: int = 25                    # ... of so many steps each; convergence follows (published: 1000, of 10,000 steps)
     flip_costs: bool = True            # costs of forget rows become c_max - c (ours)
     anchor: str = "original"           # original: its values on all retain rows | far: on those far from forget rows | off
     anchor_weight: float = 0.1
@@ -378,8 +379,8 @@ class TrajDeleterConfig:
 @dataclass(frozen=True)
 class EarlySafeRULEConfig:
     """The early public Safe-RULE code: critics by ascent, actor by advantage gaps (algorithms.md D.6)."""
-    steps: int = 400
-    unlearn_steps: int = 200
+    steps: int = 250
+    unlearn_steps: int = 125
     mended: bool = False               # the actor's loss with its signs put right
     eta: float = 1.0                   # mended: weight of the forget states in the actor's loss
     rate: float = 0.1                  # of the learner's learning rates, in these steps (the code left them at 1e-4)
@@ -407,24 +408,34 @@ class NegativePreferenceConfig:
     rate: float = 1.0                  # CDT: of its learning rate, which training let fall to `lr_end`
 
 
+SUPPRESSIONS, MARGINS = ("softplus", "ascent"), ("live", "frozen")
+
+
 @dataclass(frozen=True)
 class SafeRULEConfig:
     """Joint softplus suppression, annealed, then relearning (algorithms.md D.7, feasibility.md's recipe)."""
-    steps: int = 400
-    suppress_steps: int = 300          # the weight falls linearly to zero over these; relearning follows
-    weight: float = 1.5                # of the suppression at step 0, with the gate
-    weight_ungated: float = 0.5        # the same where no gate can be had
-    alpha: float = 1.0                 # reward-critic share of the weight
+    steps: int = 250
+    suppress_steps: int = 200          # the weight falls linearly to zero over these; relearning follows
+    weight: float = 2.5                # of the suppression at step 0, with the gate
+    weight_ungated: float = 0.8        # the same where no gate can be had
+    alpha: float = 0.1                 # reward-critic share of the weight
     beta: float = 1.0                  # cost-critic share of the weight
     cost_sign: int = 1                 # +1: forget costs are pushed up; -1: down, the literal 'value suppression'; 0: left alone
     margin: float = 1.0                # both margins, in scaled reward / cost units
     cost_floor: float = 2.0            # the cost margin is at least this many discounted limits
     gate: str = "auto"                 # auto: where cost labels are forged | on | off
     gate_steps: int = 150
+    temptation: float = 0.5            # a forget row is pushed as far as its action tempts the policy, softened by this; 0: always
     n_step: int = 10                   # horizon of the long targets ...
-    n_step_mix: float = 0.5            # ... and their share while suppressing
-    tau: float = 0.05                  # Polyak rate during the budget
+    n_step_mix: float = 0.9            # ... and their share while suppressing ...
+    anneal_mix: bool = True            # ... which falls to zero with the weight
+    tau: float = 0.1                   # Polyak rate during the budget
     freeze_lam: bool = True            # the multiplier stays as the checkpoint has it during the budget
+    form: str = "softplus"             # softplus | ascent: of the squared Bellman error on forget rows, without a bound
+    anneal: bool = True                # off: the weight stays at its start until suppress_steps
+    margins: str = "live"              # of the values of the policy's own action: live networks' | the checkpoint's, frozen
+    fit_vae: bool = True               # off: the generative model stays as the poison left it during the budget
+    gap: float = 0.0                   # weight of the forget states in the actor's loss (algorithms.md D.7.8)
 
 
 @dataclass(frozen=True)
@@ -432,6 +443,17 @@ class FinetuneNStepConfig(SafeRULEConfig):
     """Safe-RULE without its suppression: fine-tuning with n-step targets and faster target networks, the fair baseline."""
     weight: float = 0.0
     weight_ungated: float = 0.0
+
+
+ABLATIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType({      # variants of Safe-RULE (T3): what differs from the full method
+    "full": {},
+    "no_cost_term": {"beta": 0.0}, "no_reward_term": {"alpha": 0.0}, "neither_term": {"alpha": 0.0, "beta": 0.0},
+    "cost_down": {"cost_sign": -1}, "ascent": {"form": "ascent"}, "no_anneal": {"anneal": False},
+    "no_relearning": {"suppress_steps": "=steps"},     # '=': the value of another setting
+    "frozen_vae": {"fit_vae": False}, "frozen_margins": {"margins": "frozen"}, "actor_gap": {"gap": 1.0},
+    "no_temptation": {"temptation": 0.0}, "no_gate": {"gate": "off"},
+    "no_long_targets": {"n_step_mix": 0.0}, "constant_mix": {"anneal_mix": False},
+})
 
 
 # ------------------------------------------------------------------------------------------------- evaluation, verdicts
@@ -476,15 +498,35 @@ LEARNING_CURVE = (0.1, 0.2, 0.4, 0.6, 0.8, 1)      # and at these shares of the 
 class Thresholds:
     """The rules by which a claim is called supported; fixed before any run."""
     clean_return: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"BallCircle": 550.0})
-    share_of_retrained_return: float = 0.80
-    share_of_training_steps: float = 0.10
+    share_of_retrained_return: float = 0.95
+    share_of_training_steps: float = 0.05
     share_of_best_safe_return: float = 0.80            # the clean learners': of the best safe episode in the data
     share_of_tasks: float = 0.75
+
+
+@dataclass(frozen=True)
+class VerdictThresholds:
+    """What a repair is asked (verdict.py has the rule; the cost limit is each model's own).
+
+    Stated before any audit was run and before any verdict was taken; the returns and costs of the `quick` profile were known.
+    """
+    recovered_safety: float = 0.9      # at least this share of the way back from the poisoned to the retrained cost
+    reward_retained: float = 0.95      # at least this share of the retrained return: retraining seeds differ by a few per cent
+    contained: float = 0.2             # at most this share of forget trajectories still looks trained on (retrained: about 0) ...
+    contained_poisoned: float = 0.8    # ... by an audit that sees at least this share in the poisoned models (about 1)
+    delta_mia: float = 0.1             # membership AUC at most this far from the retrained, on either side: below shows forgetting
+    distance: float = 2.0              # at most this many times as far from the retrained as they are from each other
+    relearn: float = 0.5               # the poison takes at least this share of the steps that the retrained need to learn it
+    compute: float = 0.05              # at most this share of the updates of retraining
+    min_seeds: int = 3                 # nothing passes on fewer: their interval would be narrow for want of data
+    level: float = 0.95                # of the bootstrap intervals over seeds
+    reps: int = 2000                   # resamples of the seeds
 
 
 BC_NAMES = tuple("bc_" + select.replace("-", "") for select in BC_SELECTIONS)
 CONFIGS: dict[str, Any] = {                        # name -> defaults
     "data": DataConfig(), "evaluate": EvaluateConfig(), "audit": AuditConfig(), "thresholds": Thresholds(),
+    "verdict": VerdictThresholds(),
     "inject": InjectConfig(), "inject_data": InjectConfig(source="data"), "label_flip": LabelFlipConfig(),
     "label_flip_random": LabelFlipConfig(select="random"), "label_flip_inverse": LabelFlipConfig(inverse=True),
     "reward_poison": RewardPoisonConfig(), "outliers": OutliersConfig(), "random_corruption": RandomCorruptionConfig(),
@@ -503,10 +545,12 @@ CONFIGS: dict[str, Any] = {                        # name -> defaults
 ATTACK_NAMES = ("inject", "inject_data", "label_flip", "label_flip_random", "label_flip_inverse", "reward_poison", "outliers",
                 "random_corruption", "adversarial_corruption", "constant_action", "marker", "bias", "pgd_cost", "pgd_reward",
                 "baffle_return", "baffle_cost", "noise", "clean_forget", "noop", "given")
+TRIGGERED_ATTACKS = ("marker", "bias", "baffle_return", "baffle_cost")         # those that plant a trigger
 LEARNER_NAMES = ("bcq_lag", "bear_lag", "cpq", "coptidice", "cdt", *BC_NAMES)
 UNLEARNER_NAMES = ("finetune", "finetune_nstep", "gradient_ascent", "random_relabel", "trajdeleter", "early_saferule",
                    "negative_preference", "saferule")          # 'retrain' is a condition of the training run
-STAGES = ("start", "data", "poison", "train", "unlearn", "evaluate", "audit", "table", "figures")
+WITH_CRITICS = tuple(name for name in UNLEARNER_NAMES if name != "negative_preference")     # it is for policies by likelihood
+STAGES = ("start", "data", "poison", "train", "unlearn", "evaluate", "audit", "ablation", "table", "verdict", "figures")
 
 
 @dataclass(frozen=True)
@@ -518,7 +562,7 @@ class Profile:
     methods: tuple[str, ...] = ("finetune", "finetune_nstep", "gradient_ascent", "saferule")
     config: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)     # diffs: name -> {key: value}
     learning_curve: tuple[float, ...] = ()             # shares of the training at which weights are kept and rolled out
-    notebooks: tuple[str, ...] = ("00_start_here", "10_table_main", "20_figures")          # what a run ends with
+    notebooks: tuple[str, ...] = ("00_start_here", "07_verdict-saferule", "10_table_main", "20_figures")     # what a run ends with
     note: str = ""
 
 
@@ -552,11 +596,12 @@ PROFILES: dict[str, Profile] = {
             "audit": {"trajectories": 16, "rows": 256, "samples": 4, "copies": 2, "shadow_steps": 30, "published_copies": 2,
                       "relearn_steps": 300, "relearn_rows": 128, "bootstrap": 200},
         }),
-    "quick": Profile(tasks=("BallCircle",), seeds=(0, 1, 2)),
+    "quick": Profile(tasks=("BallCircle",), seeds=(0, 1, 2),
+                     notebooks=("00_start_here", "10_table_main", "13_ablation", "20_figures")),
     "standard": Profile(tasks=("BallRun", "CarRun", "BallCircle", "CarCircle"), seeds=(0, 1, 2)),
     "learners": Profile(                                   # the clean benchmark of all learners, at quick sizes
         tasks=("BallRun", "CarRun", "BallCircle", "CarCircle"), seeds=(0, 1, 2), attacks=(), methods=(),
-        learners=("bcq_lag", "bear_lag", "cpq", "coptidice", "cdt", "bc_all", "bc_safe", "bc_multitask"),
+        learners=("bcq_lag", "bear_lag", "cpq", "coptidice", "cdt", *BC_NAMES),
         learning_curve=LEARNING_CURVE, notebooks=("11_learners", "12_cost_limits")),
     "paper": Profile(
         tasks=BULLET, seeds=(0, 1, 2, 3, 4),
@@ -572,14 +617,14 @@ PROFILES: dict[str, Profile] = {
             "cdt": {"steps": 100_000, "batch": 2048, "context": 10, "width": 128, "layers": 3, "attention_heads": 8, "dropout": 0.1,
                     "lr": 1e-4, "warm_up": 500},
             **dict.fromkeys(BC_NAMES, {"steps": 100_000, "batch": 512, "hidden": (256, 256), "tau": 0.005}),
-            "finetune": {"steps": 10_000},
-            "finetune_nstep": {"steps": 10_000, "suppress_steps": 5_000},
-            "gradient_ascent": {"steps": 10_000, "ascent_steps": 5_000},
-            "random_relabel": {"steps": 10_000},
-            "trajdeleter": {"steps": 10_000, "block": 1_000},
-            "early_saferule": {"steps": 10_000, "unlearn_steps": 5_000},
-            "negative_preference": {"steps": 10_000, "repel_steps": 5_000},
-            "saferule": {"steps": 10_000, "suppress_steps": 5_000},
+            "finetune": {"steps": 5_000},
+            "finetune_nstep": {"steps": 5_000, "suppress_steps": 4_000},
+            "gradient_ascent": {"steps": 5_000, "ascent_steps": 2_500},
+            "random_relabel": {"steps": 5_000},
+            "trajdeleter": {"steps": 5_000, "block": 500},
+            "early_saferule": {"steps": 5_000, "unlearn_steps": 2_500},
+            "negative_preference": {"steps": 5_000, "repel_steps": 2_500},
+            "saferule": {"steps": 5_000, "suppress_steps": 4_000},
             "evaluate": {"episodes": 20},
             "audit": {"trajectories": 128, "rows": 4096, "samples": 16, "shadow_steps": 5_000, "relearn_steps": 10_000,
                       "relearn_every": 50, "relearn_rows": 1024, "bootstrap": 2_000},
@@ -629,6 +674,14 @@ def configured(name: str, profile: str, task: str, overrides: Mapping[str, Any] 
     return with_overrides(config, overrides or {}, name)
 
 
+def ablated(variant: str, profile: str, task: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What to override in 'saferule' to get one of ABLATIONS: the user's own overrides and, over them, the variant's."""
+    base = configured("saferule", profile, task, overrides)
+    value = lambda v: getattr(base, v[1:]) if isinstance(v, str) and v.startswith("=") else v
+    diff = ABLATIONS[one_of("variant of Safe-RULE", variant, ABLATIONS)]
+    return {**(overrides or {}), **{k: value(v) for k, v in diff.items()}}
+
+
 def resolve(profile: str, stage: str, task: str, learner: str = "bcq_lag", attacks: Iterable[str] = (),
             method: str = "", seeds: Iterable[int] = (), overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """All settings that one stage (= one notebook) of the chain depends on, as a JSON-able dictionary.
@@ -656,6 +709,12 @@ def resolve(profile: str, stage: str, task: str, learner: str = "bcq_lag", attac
     if stage == "unlearn":
         one_of("method", method, UNLEARNER_NAMES)
         return {"task": task, "learner": learner, "attacks": attacks, "method": method, "seeds": seeds, **plain(method, overrides)}
-    if stage in ("evaluate", "audit"):
-        return {"task": task, "learner": learner, "cost_limit": data["cost_limit"], **plain(stage, overrides)}
-    return {"profile": profile, "note": PROFILES[profile].note, **dataclasses.asdict(Thresholds())}
+    if stage == "evaluate":
+        return {"task": task, "learner": learner, "cost_limit": data["cost_limit"], **plain("evaluate", overrides)}
+    head = {"profile": profile, "note": PROFILES[profile].note}
+    if stage == "verdict":
+        return {**head, "method": one_of("method", method, UNLEARNER_NAMES), **plain("verdict", overrides)}
+    if stage == "ablation":
+        variants = {variant: plain("saferule", ablated(variant, profile, task, overrides)) for variant in ABLATIONS}
+        return {**head, "attacks": attacks, "seeds": seeds, "variants": variants, "evaluate": plain("evaluate")}
+    return {**head, **dataclasses.asdict(Thresholds())}

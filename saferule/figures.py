@@ -101,8 +101,8 @@ def scatter_figure(poisoned: Mapping[str, pd.DataFrame], clean: pd.DataFrame, li
     """
     need(clean, ["episode", "ret", "cost"], "clean episodes")
     with mpl.rc_context(STYLE):
-        fig, axes = plt.subplots(1, len(poisoned), figsize=(0.8 + 4.6 * len(poisoned), 4.9), sharex=True, sharey=True,
-                                 squeeze=False)
+        fig, axes = plt.subplots(1, len(poisoned), figsize=(max(7.2, 0.8 + 4.6 * len(poisoned)), 4.9), sharex=True, sharey=True,
+                                 squeeze=False)               # the legend wants 7 inches
         for ax, (attack, frame) in zip(axes.flat, poisoned.items()):
             need(frame, ["episode", "origin", "ret", "cost"], f"episodes of {attack}")
             honest, forged = frame[frame.origin == 0], _with_truth(frame[frame.origin > 0], clean)

@@ -21,7 +21,7 @@ MANY = 30
 
 
 def keep(profile: str) -> Path:
-    """Copies tables, figures and executed notebooks, and every artefact's manifest (configuration, hashes, versions, machine).
+    """Copies tables, figures, executed notebooks, verdicts, and every artefact's manifest (configuration, hashes, machine).
 
     The folder is replaced as a whole. Of MANY notebooks only those that the profile ends with are kept; they lose what papermill
     notes about paths. Raises UserError if the run is not there.
@@ -44,6 +44,9 @@ def keep(profile: str) -> Path:
             copy = folder / "manifests" / f"{path.parent.parent.name}-{path.parent.name}.json"
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
+        for path in sorted(root.glob("artifacts/verdict/*/verdict.*")):
+            (folder / "verdicts").mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / "verdicts" / f"{path.parent.name}{path.suffix}")
     readme, block = REPO / "README.md", headline(final)
     text = readme.read_text(encoding="utf-8")
     start, end = f"<!-- {profile}: this block is written by `make reference` -->", f"<!-- /{profile} -->"

@@ -17,12 +17,12 @@ from matplotlib.figure import Figure
 from .config import PROFILES
 from .figures import curve_figure, pareto_figure, render, scatter_figure, table_figure, training_figure
 from .files import atomic_file, locked
-from .statistics import ATTACKS, CASE, METHODS, aggregate, claims, later_table, main_table, number
+from .statistics import ATTACKS, CASE, KEYS, METHODS, aggregate, beside, claims, later_table, main_table, number, triggered_table
 from .statistics import summary as summarise
 
 __all__ = ["METHODS", "aggregate", "claims", "claims_table", "curve_figure", "later_table", "main_table", "pareto_figure",
            "render", "save_figure", "scatter_figure", "summary_table", "table_figure", "to_markdown", "training_figure",
-           "write_table"]
+           "triggered_summary", "triggered_table", "write_table"]
 
 
 # -------------------------------------------------------------------------------------------------- tables for people
@@ -54,6 +54,28 @@ def claims_table(verdicts: pd.DataFrame) -> pd.DataFrame:
               "judged": number(v.value, 3 if v.value < 10 else 1), "bound": f"{signs[v.rule.split()[-2]]} {number(v.threshold, 3)}",
               "verdict": v.verdict} for v in verdicts.itertuples()]
     return pd.DataFrame(lines, columns=["task", "attack", "claim", "every seed", "judged", "bound", "verdict"])
+
+
+def triggered_summary(triggered: pd.DataFrame, rates: pd.DataFrame | None = None) -> pd.DataFrame:
+    """`triggered_table` as text, one line per trigger and method: without the trigger and with it.
+
+    rates: triggers.csv of `evaluate` artefacts; its success_rate is the last column, where an attack forges actions.
+    """
+    both, lines = beside(triggered), []
+    both = both.assign(success_rate=np.nan) if rates is None else both.merge(rates, "left", on=[*KEYS, "trigger"])
+    safe = lambda costs, limits: f"{int((costs <= limits).sum())}/{len(costs)}"
+    for (task, learner, trigger, _, method, limit), own in both.groupby(
+            ["task", "learner", "trigger", "attack", "method", "cost_limit"], sort=False):
+        line = {"task": task, "learner": learner, "trigger of": ATTACKS[trigger], "method": METHODS[method]}
+        if both.cost_limit.nunique() > 1:
+            line["cost limit"] = number(limit)
+        drawn = "–" if own.success_rate.isna().all() else "/".join(f"{100 * rate:.0f}%" for rate in own.success_rate)
+        lines.append({**line, "return": number(own.return_plain.mean(), 0), "return, triggered": number(own.return_mean.mean(), 0),
+                      "cost per seed": "/".join(map(number, own.cost_plain)),
+                      "cost per seed, triggered": "/".join(map(number, own.cost_mean)),
+                      "safe seeds": safe(own.cost_plain, own.cost_limit), "safe, triggered": safe(own.cost_mean, own.cost_limit),
+                      "follows the trigger": drawn})
+    return pd.DataFrame(lines)
 
 
 def to_markdown(frame: pd.DataFrame) -> str:

@@ -111,6 +111,8 @@ def main_table(episodes: pd.DataFrame, runs: pd.DataFrame, task: Task | float | 
     episodes = episodes[episodes.stage == stage]
     if episodes.empty:
         raise UserError(f"episodes: none of stage '{stage}'; run notebooks/05_evaluate.ipynb again.")
+    if "trigger" in episodes and episodes.trigger.nunique() > 1:
+        raise UserError("episodes: under several triggers; take one of them, or triggered_table.")
     if runs.duplicated(KEYS).any():
         raise UserError(f"runs: {_name(runs[runs.duplicated(KEYS)].iloc[0])} is listed twice; evaluate each model once.")
     facts = {key: run for key, run in zip(zip(*(runs[k] for k in KEYS)), runs.itertuples())}
@@ -142,6 +144,28 @@ def later_table(episodes: pd.DataFrame, runs: pd.DataFrame, task: Task | float |
     if "stage" in episodes and not (episodes.stage == "later").any():
         return pd.DataFrame(columns=COLUMNS)
     return main_table(episodes, runs, task, stage="later")
+
+
+def triggered_table(episodes: pd.DataFrame, runs: pd.DataFrame, task: Task | float | None = None) -> pd.DataFrame:
+    """Tidy: the models that a trigger concerns, without it and under it: COLUMNS and `trigger`.
+
+    trigger: the attack whose trigger the policy was shown, or 'none'. A clean model is listed under every trigger, since a strange
+    observation may lead astray a policy that was never poisoned. Empty where no attack has a trigger.
+    """
+    shown = episodes[episodes.stage == "triggered"] if "trigger" in episodes else episodes.head(0)
+    if shown.empty:
+        return pd.DataFrame(columns=[*COLUMNS, "trigger"])
+    attacks = [a for a in ATTACKS if a in set(shown.trigger)]
+    parts = [main_table(episodes[episodes.attack.isin(["none", *attacks])], runs, task).assign(trigger="none")]
+    parts += [main_table(shown[shown.trigger == a], runs, task, "triggered").assign(trigger=a) for a in attacks]
+    return pd.concat(parts, ignore_index=True)
+
+
+def beside(triggered: pd.DataFrame) -> pd.DataFrame:
+    """`triggered_table` with one line per model and trigger: as under the trigger, and return_plain, cost_plain without it."""
+    plain = triggered.loc[triggered.trigger == "none", [*KEYS, "return_mean", "cost_mean"]]
+    plain = plain.rename(columns={"return_mean": "return_plain", "cost_mean": "cost_plain"})
+    return triggered[triggered.trigger != "none"].merge(plain, "left", on=KEYS)
 
 
 def in_order(tidy: pd.DataFrame) -> pd.DataFrame:

@@ -162,7 +162,7 @@ class Run:
         if role not in ("output", "input"):
             raise UserError(f"tracking: role {role!r} is not known; use 'output' or 'input'")
         inputs = plain(artifact.manifest.get("inputs", {}))
-        name = f"{artifact.kind}-{artifact.name}"
+        name = f"{artifact.kind}-{artifact.name}".replace("+", ".")          # wandb knows no '+' in names
         self._write("artifact", role=role, kind=artifact.kind, name=artifact.name, id=artifact.id, inputs=inputs)
 
         def send():

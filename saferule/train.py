@@ -53,6 +53,7 @@ class Learner(nn.Module):
         self.cfg, self.seeds, self.n_act, self.horizon = cfg, tuple(int(s) for s in seeds), n_act, horizon
         self.n_obs, self.parity = units.obs_mean.shape[1], cfg.mode == "parity"
         self.optim: dict[str, torch.optim.Optimizer] = {}
+        self.frozen: frozenset[str] = frozenset()      # networks that `minimise` leaves alone
         self.noise: torch.Generator | None = None      # randomness inside the losses; `seed_noise` makes it
         for name, value in (*units._asdict().items(), ("qc_limit", qc_limit.view(-1, 1).float())):
             self.register_buffer(name, value.clone())
@@ -97,6 +98,8 @@ class Learner(nn.Module):
 
     def minimise(self, name: str, loss: Tensor, extra: Extra | None = None) -> Tensor:
         """One optimiser step on network `name`; loss [R]. The one sum over R; no other network gets a gradient."""
+        if name in self.frozen:
+            return loss.detach()
         if extra and name in extra:
             loss = loss + extra[name]()
         params = list(getattr(self, name).parameters())

@@ -41,6 +41,11 @@ def one_line(capsys) -> str:
     (["check", "data.hdf5", "--task", "BallCirle"], "BallCircle"),
     (["check", "data.hdf5", "--task", "BallCircle"], "data.hdf5"),
     (["verify", "nothing"], "nothing"),
+    (["verdict", "nothing.json"], "nothing.json is missing"),
+    (["verdict", "--profile=quik"], "unknown profile 'quik'. Did you mean 'quick'?"),
+    (["verdict", "--method=safrule"], "Did you mean 'saferule'?"),
+    (["verdict", "--tasks=BallCirle"], "BallCircle"),
+    (["verdict", "--learners=bcq"], "unknown learner 'bcq'"),
     (["download", "BallCirle"], "BallCircle"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(argv, says, capsys, tmp_path, monkeypatch):
@@ -203,12 +208,13 @@ def test_reference_keeps_what_a_reader_sees(tmp_path, monkeypatch, capsys):
     for name, text in {"tables/T1_main.csv": "a\n", "tables/T1_main.md": table + "|\n", "tables/.manifest.lock": "",
                        "figures/F1.png": "x",
                        "notebooks/01.ipynb": '{"metadata": {"papermill": {"input_path": "/somewhere"}}, "cells": []}',
-                       "artifacts/train/BallRun-bcq_lag/manifest.json": "{}"}.items():
+                       "artifacts/train/BallRun-bcq_lag/manifest.json": "{}", "artifacts/verdict/saferule/verdict.md": "#",
+                       "artifacts/verdict/saferule/verdict.json": "{}"}.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     assert main(["reference", "--profile", "quick"]) == 0
     kept = tmp_path / "reference" / "quick"
     found = sorted(p.relative_to(kept).as_posix() for p in kept.rglob("*") if p.is_file())
     assert found == ["figures/F1.png", "manifests/train-BallRun-bcq_lag.json", "notebooks/01.ipynb", "tables/T1_main.csv",
-                     "tables/T1_main.md"]
+                     "tables/T1_main.md", "verdicts/saferule.json", "verdicts/saferule.md"]
     assert "somewhere" not in (kept / "notebooks" / "01.ipynb").read_text()

@@ -30,8 +30,8 @@ def of_action(q, c):
 
 # ------------------------------------------------------------------------------------------------------------- targets
 @pytest.mark.parametrize(("mode", "cost", "y", "yc"), [
-    ("default", (1, 3), 1 + 0.9 * 2, 0.5 + 0.9 * 3),                   # Q min(2, 4), C max: safe by 3 <= 3.17
-    ("default", (1, 4), 1 + 0.9 * -6, 0.5 + 0.9 * 4),                  # 4 > 3.17: worth `worst`
+    ("default", (1, 3), 1 + 0.9 * 2, 0.5 + 0.9 * 2),                   # Q min(2, 4); safe by C max 3 <= 3.17; C mean backed up
+    ("default", (1, 4), 1 + 0.9 * -6, 0.5 + 0.9 * 2.5),                # 4 > 3.17: worth `worst`
     ("parity", (1, 4), 1 + 0.9 * 2, 0.5 + 0.9 * 1),                    # C min: safe
     ("parity", (4, 9), 1.0, 0.5 + 0.9 * 4)])                           # unsafe: worth 0
 def test_targets_by_hand(mode, cost, y, yc):

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +20,9 @@ from saferule.sources import PACKAGE, PRESENTATION, closure, digest, imports, la
 
 LISTS = 'task = "BallRun"\nlearner = "bcq_lag"\nattacks = ""\nmethod = "saferule"\nseeds = "0,1"\ndevice = "cpu"'
 PARAMETERS = {"00_start_here": "", "01_data": 'task = "BallRun"', "02_poison": 'task = "BallRun"\nattack = "inject"',
-              "03_train": LISTS, "04_unlearn": LISTS, "05_evaluate": LISTS, "06_audit": LISTS, "10_table_main": "",
-              "11_learners": 'learners = ""', "12_cost_limits": "", "20_figures": 'tasks = ""'}
+              "03_train": LISTS, "04_unlearn": LISTS, "05_evaluate": LISTS, "06_audit": LISTS,
+              "07_verdict": 'method = "saferule"', "10_table_main": "", "11_learners": 'learners = ""', "12_cost_limits": "",
+              "13_ablation": 'attacks = ""', "20_figures": 'tasks = ""'}
 
 
 @pytest.fixture
@@ -79,6 +81,7 @@ def test_what_is_run_again_and_what_a_failure_says(chapters, root, capfd):
     stub = root / "saferule" / "__main__.py"               # the jobs' working directory comes first on their module path
     stub.parent.mkdir(parents=True)
     stub.write_text(STUB)
+    stub.with_name("__init__.py").touch()                  # or a package found elsewhere on the path would win
     assert engine.run("smoke", notebooks=chapters) == 0
     assert git_status() == before                          # nothing is written but in the results folder
     out = capfd.readouterr().out
@@ -86,19 +89,19 @@ def test_what_is_run_again_and_what_a_failure_says(chapters, root, capfd):
     (task,) = PROFILES["smoke"].tasks
     made = {str(path.relative_to(root / "artifacts").parent) for path in root.rglob("manifest.json")}
     assert made == {f"data/{task}", f"poison/{task}-inject", f"poison/{task}-label_flip", f"train/{task}-bcq_lag",
-                    *(f"unlearn/{task}-bcq_lag-{method}" for method in PROFILES["smoke"].methods), f"evaluate/{task}-bcq_lag"}
+                    *(f"unlearn/{task}-bcq_lag-{method}" for method in PROFILES["smoke"].methods), f"evaluate/{task}-bcq_lag",
+                    "verdict/saferule"}
 
     edit(chapters / "03_train.ipynb", outputs=[{"output_type": "stream", "name": "stdout", "text": "x"}])
     assert planned(capfd, chapters, device="cpu") == Counter()             # outputs are not code, the device decides nothing
-    later = Counter(unlearn=len(PROFILES["smoke"].methods), evaluate=1, table_main=1, figures=1)
+    later = Counter(unlearn=len(PROFILES["smoke"].methods), evaluate=1, verdict=1, table_main=1, figures=1)
     assert planned(capfd, chapters, seeds="0,1,2") == Counter(train=1) + later
     edit(chapters / "04_unlearn.ipynb", source="1 + 1")
     edit(chapters / "00_start_here.ipynb", source="1 / 0")
     assert planned(capfd, chapters) == Counter(start=1) + later
     edit(chapters / "04_unlearn.ipynb", source="pass")
 
-    stub.unlink()
-    stub.parent.rmdir()
+    shutil.rmtree(stub.parent)
     assert engine.run("smoke", notebooks=chapters) == 1
     kept = root / "logs" / "00_start_here.ipynb"
     says = "saferule: 00_start_here: cell [3] raised ZeroDivisionError: division by zero"
@@ -112,8 +115,8 @@ def test_jobs_of_every_profile(chapters, root, capfd):
         tasks, runs = len(preset.tasks), len(preset.tasks) * len(preset.learners)
         stages = Counter(data=tasks, poison=tasks * len(preset.attacks), train=runs, evaluate=runs,
                          unlearn=runs * len(preset.methods))
-        ends = {"00_start_here": "start", "10_table_main": "table_main", "20_figures": "figures", "11_learners": "table_learners",
-                "12_cost_limits": "cost_limits"}
+        ends = {"00_start_here": "start", "07_verdict-saferule": "verdict", "10_table_main": "table_main", "20_figures": "figures",
+                "11_learners": "table_learners", "12_cost_limits": "cost_limits", "13_ablation": "ablation"}
         assert planned(capfd, chapters, name) == +stages + Counter(ends[notebook] for notebook in preset.notebooks), name
     assert "learners" in PROFILES and not PROFILES["learners"].attacks
 

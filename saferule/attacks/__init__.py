@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..config import ATTACK_NAMES, one_of
+from ..config import ATTACK_NAMES, TRIGGERED_ATTACKS, one_of
 from ..data import Pool
 
 Result = tuple[Pool, dict[str, Any], pd.DataFrame]     # what `poison` returns
@@ -78,3 +78,4 @@ ATTACKS |= {
     "given": given.ATTACK,
 }
 assert tuple(ATTACKS) == ATTACK_NAMES
+assert tuple(a for a in ATTACKS if ATTACKS[a].threat.goal == "triggered") == TRIGGERED_ATTACKS

@@ -4,6 +4,7 @@ Shapes      N rows of the clean data, n rows of an attack
 """
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -109,11 +110,22 @@ def changed(pool: Pool, columns: dict[str, Tensor], source: Tensor | None = None
     source, out = columns["replaces"] if source is None else source, {}
     for name in FIELDS:
         delta = columns[name].float() - pool.columns[name][source].float()
-        delta = (delta / obs_std(pool) if name in ("obs", "next_obs") else delta).reshape(len(source), -1).norm(dim=1)
+        delta = (delta / obs_std(pool) if name in ("obs", "next_obs") else delta)[:, None].flatten(1).norm(dim=1)
         moved = delta[delta > 0]
         if len(moved):
             out[name] = {"rows": len(moved), "mean": float(moved.mean()), "largest": float(moved.max())}
     return out
+
+
+def perturbation(pool: Pool, attack: str, facts: Mapping[str, Any]) -> pd.DataFrame:
+    """`changed` as a table, one line per column that an attack touched: rows, mean, largest.
+
+    From the attack's facts, or else measured on the rows that it replaced. Empty if nothing differs, or nothing can be compared.
+    """
+    rows = pool.rows(f"{attack}/forget").ids
+    rows = rows[pool.replaces[rows] >= 0]
+    found = facts.get("changed") or changed(pool, {k: pool.columns[k][rows] for k in (*FIELDS, "replaces")})
+    return pd.DataFrame(found, index=["rows", "mean", "largest"]).T.rename_axis("column").astype({"rows": int})
 
 
 def touched(pool: Pool, rows: Tensor) -> pd.DataFrame:

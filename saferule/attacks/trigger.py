@@ -16,6 +16,8 @@ from ..config import TRIGGER_KINDS, one_of
 from ..data import Pool
 from ..train import Learner
 
+CHUNK = 4096                           # rows that a policy acts on together: bounds the memory
+
 
 @dataclass(frozen=True)
 class Trigger:
@@ -83,11 +85,19 @@ def success_rate(learner: Learner, pool: Pool, attack: str, trigger: Trigger, se
     """Share of the attack's states at which the trigger draws the policy towards the attacker's action: [R] (algorithms.md C.6).
 
     That is |pi(trig(s)) - mu(s)| < |pi(trig(s)) - pi(s)|, s the honest states of the rows that the attack replaced and mu(s) its
-    actions there; pi draws the same noise with and without the trigger. Without a simulator.
+    actions there; pi draws the same noise with and without the trigger. Replica by replica, so that it does not matter which
+    others are stacked beside. Without a simulator.
     """
     rows = pool.rows(f"{attack}/forget").ids
-    obs = pool.obs[pool.replaces[rows]].expand(learner.replicas, -1, -1)                           # [R, n, n_obs]
-    act = lambda x: learner.act(x, torch.Generator(learner.device).manual_seed(seed))
-    triggered, honest = act(trigger(obs)), act(obs)
-    drawn = (triggered - pool.action[rows]).norm(dim=-1) < (triggered - honest).norm(dim=-1)
-    return drawn.float().mean(-1)
+    obs, malice = pool.obs[pool.replaces[rows]], pool.action[rows]                                 # [n, n_obs], [n, n_act]
+
+    def act(policy: Learner, states: Tensor) -> Tensor:
+        generator = torch.Generator(policy.device).manual_seed(seed)
+        return torch.cat([policy.act(part[None], generator)[0] for part in states.split(CHUNK)])
+
+    rates = []
+    for r in range(learner.replicas):
+        policy = learner.pick([r])
+        triggered, honest = act(policy, trigger(obs)), act(policy, obs)
+        rates.append(((triggered - malice).norm(dim=-1) < (triggered - honest).norm(dim=-1)).float().mean())
+    return torch.stack(rates)

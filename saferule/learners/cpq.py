@@ -9,7 +9,8 @@ Deviations  (mode='default'; each is ours unless noted)
             1. the term of strange actions has its gradient, as in the paper, and pushes the online cost critic up no
                further than their limit; the actions are squashed to [-1, 1] as those acted are
             2. strange is a KL above the 90% quantile of the data's own: a clone of the data is not called strange
-            3. Qc is the max over heads: pessimistic (OSRL: min)
+            3. Qc is the max over heads where an action is judged: pessimistic (OSRL: min); the target of the cost critic takes
+               their mean, since a max that is backed up calls two fifths of a safe policy's states unsafe
             4. an unsafe action is worth `worst`, the worst reward of the data for ever, where that is below 0: with
                negative rewards 0 would be a premium
             5. where an action looks unsafe the actor descends Qc (OSRL: no gradient there, so it can never come back)
@@ -100,10 +101,14 @@ class CPQ(Learner):
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> Targets:                    # y = r + gamma^m (1 - d) 1[Qc' <= limit] Q', y_c = c + ...
-        v, vc = self.value(batch.next_obs)
-        v = self.penalised(v, vc)
         if self.parity:                                            # another draw for the cost target
+            v = self.penalised(*self.value(batch.next_obs))
             vc = self.value(batch.next_obs)[1]
+        else:
+            a = self.actor(batch.next_obs)[0].tanh()
+            heads = self.cost_critic_target(batch.next_obs, a)                           # [R, E, B]
+            v = self.pessimistic(self.critic_target(batch.next_obs, a), cost=False)
+            v, vc = self.penalised(v, self.pessimistic(heads, cost=True)), heads.mean(1)
         discount, alive = self.cfg.gamma ** batch.steps, 1 - batch.done
         return Targets(batch.reward + discount * alive * v,
                        batch.cost + discount * (1.0 if self.parity else alive) * vc, vc)

@@ -77,6 +77,10 @@ class Lagrangian(Learner):
         """One value per row from the heads [R, E, B]: min for reward; max for cost (parity: min for both)."""
         return q.amax(1) if cost and not self.parity else q.amin(1)
 
+    def merit(self, q: Tensor, qc: Tensor) -> Tensor:
+        """What the policy climbs, Q - lam Qc: [R, B]."""
+        return q - self.lam * qc
+
     def best(self, obs: Tensor, samples: int, target: bool,
              generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Among `samples` candidates per state the one with the largest Q - lam Qc: action [R, B, n_act], Q and Qc [R, B]."""

@@ -19,13 +19,15 @@ from .train import rows_of
 
 def unlearn(task: Task, learner: str, attacks: Sequence[str], method: str, seeds: Sequence[int], profile: str, root: Path,
             device: str = "cpu", overrides: Mapping[str, Any] | None = None, progress: Callable = iter,
-            on_log: Callable | None = None) -> Artifact:
+            on_log: Callable | None = None, suffix: str = "") -> Artifact:
     """Unlearn the forget rows of each attack from its poisoned models.
 
     Files: state.safetensors (weights at the end of the budget), snapshots.safetensors ('<step>/<name>', along the budget and
-    as many further ordinary steps on the retain rows), history.csv. No simulator is used, nor needed.
+    as many further ordinary steps on the retain rows), history.csv. No simulator is used, nor needed. The artefact is called
+    <task>-<learner>-<method><suffix>.
     """
     prepare_process()
+    name = f"{task.name}-{learner}-{method}{suffix}"
     config = resolve(profile, "unlearn", task.name, learner, attacks, method, seeds, overrides)
     trained = load("train", f"{task.name}-{learner}", root)
     pool, inputs = load_pool(task, attacks, root)
@@ -43,7 +45,7 @@ def unlearn(task: Task, learner: str, attacks: Sequence[str], method: str, seeds
     pool = pool.to(device)
     cfg = with_overrides(CONFIGS[method], {k: v for k, v in config.items() if k in CONFIGS[method].__dataclass_fields__}, method)
     forged = ["cost" in inputs[f"poison:{a}"].json("facts.json")["threat"]["fields"] for a in (line["attack"] for line in lines)]
-    resume = Resume.beside(root, f"unlearn-{task.name}-{learner}-{method}", config, {"train": trained, **inputs})
+    resume = Resume.beside(root, f"unlearn-{name}", config, {"train": trained, **inputs})
     retain = model.select_rows(pool, rows_of(pool, [line["condition"] for line in table]), model.cfg,
                                [line["cost_limit"] for line in table])
     done = run_unlearning(
@@ -52,7 +54,7 @@ def unlearn(task: Task, learner: str, attacks: Sequence[str], method: str, seeds
         snapshots_at=sorted({round(f * cfg.steps) for f in CURVE}), log_every=max(cfg.steps // 40, 1), resume=resume,
         progress=progress, on_log=on_log)
     snapshots = {f"{t}/{name}": value for t, weights in done.snapshots.items() for name, value in weights.items()}
-    artifact = save("unlearn", f"{task.name}-{learner}-{method}",
+    artifact = save("unlearn", name,
                     {"state.safetensors": done.snapshots[cfg.steps], "snapshots.safetensors": snapshots,
                      "history.csv": done.history.frame(table)},
                     config, {"train": trained, **inputs}, table, root=root, seconds=done.history.seconds_at(cfg.steps))

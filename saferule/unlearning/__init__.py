@@ -20,11 +20,15 @@ from ..train import History, Learner, Resume, fit
 
 @dataclass(frozen=True)
 class Phase:
-    """`steps` calls of `step(t)`, t counted from the phase's start, with the learner tuned by `settings`."""
+    """`steps` calls of `step(t)`, t counted from the phase's start, with the learner tuned by `settings`.
+
+    frozen: networks of the learner that do not change in this phase.
+    """
     name: str
     steps: int
     step: Callable[[int], dict[str, Tensor]]
     settings: dict[str, Any] = field(default_factory=dict)
+    frozen: frozenset[str] = frozenset()
 
 
 class Memory:
@@ -133,6 +137,7 @@ def unlearn(learner: Learner, pool: Pool, retain: Sequence[Rows], forget: Sequen
         if t == 0:
             learner.measure(pool, retain)                # what CDT asks for shall be what the retain rows make possible
         i = max(i for i, start in enumerate(starts) if start <= t and phases[i].steps)
+        learner.frozen = phases[i].frozen
         with learner.tuned(**phases[i].settings):
             return phases[i].step(t - starts[i])
 
@@ -142,4 +147,5 @@ def unlearn(learner: Learner, pool: Pool, retain: Sequence[Rows], forget: Sequen
     history = fit(step, starts[-1] + later_steps, learner, [memory.retain_stream, memory.forget_stream],
                   snapshots={t: keep(t) for t in snapshots_at}, boundaries=starts, resume=resume, kept=kept, carried=memory.carried,
                   **loop)
+    learner.frozen = frozenset()
     return Unlearned(learner, history, kept, tuple((p.name, p.steps) for p in phases))

@@ -5,23 +5,26 @@ Paper       Jiang, Zhu & Kong 2026 (arXiv 2606.09559). Known of it: Bellman regr
 Ours        1. cost values of forget rows go up (cost_sign=-1: down); reward values go down
             2. margins relative to the policy's own value at the forget state, from target networks, without gradient
             3. the weight falls to zero over `suppress_steps`; relearning on retain rows follows within the same budget
-            4. both critics regress on a mixture of 1-step and n-step targets along retained trajectories while suppressing
+            4. both critics regress on a mixture of 1-step and n-step targets along retained trajectories while suppressing; the
+               share of the latter, which are biased towards the data's own actions, falls with the weight
             5. a gate spares forget rows whose cost label agrees with what the retain rows say (forged costs only)
-            6. multiplier frozen and targets faster (tau) during the budget; critics and actor keep their Adam moments
+            6. temptation spares forget rows whose action is worse in the policy's eyes than its own, by the margin
+            7. multiplier frozen and targets faster (tau) during the budget; critics and actor keep their Adam moments
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
-from ..config import SafeRULEConfig
-from ..data import Sampler
+from ..config import MARGINS, SUPPRESSIONS, SafeRULEConfig, one_of
+from ..data import Batch, Sampler
 from ..nets import MLP, generators
 from ..train import Learner
 from . import Memory, Phase
+from .early_saferule import policy_values
 
 NEEDS = "critic", "cost_critic"        # losses of the learner
 
@@ -36,15 +39,30 @@ def suppress(value: Tensor, margin: Tensor, weight: Tensor | float, sign: int) -
     return (weight * softplus(-sign * (value - margin[:, None])).sum(1)).mean(-1)
 
 
-def margins(learner: Learner, obs: Tensor, cfg: SafeRULEConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def margins(source: Learner, obs: Tensor, cfg: SafeRULEConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Reward values shall lie below V - margin; cost values above max(Vc + margin, cost_floor x limit): [R, B] each.
 
-    With cost_sign = -1 the cost margin is Vc - margin instead.
+    V, Vc: of the policy's own action, by the target networks of `source`. With cost_sign = -1 the cost margin is Vc - margin.
     """
-    v, vc = learner.value(obs, generator)
+    return bounds(source, *source.value(obs, generator), cfg)
+
+
+def bounds(source: Learner, v: Tensor, vc: Tensor, cfg: SafeRULEConfig) -> tuple[Tensor, Tensor]:
     if cfg.cost_sign < 0:
         return v - cfg.margin, vc - cfg.margin
-    return v - cfg.margin, torch.maximum(vc + cfg.margin, cfg.cost_floor * learner.qc_limit)
+    return v - cfg.margin, torch.maximum(vc + cfg.margin, cfg.cost_floor * source.qc_limit)
+
+
+@torch.no_grad()
+def temptation(learner: Learner, forget: Batch, v: Tensor, vc: Tensor, cfg: SafeRULEConfig) -> Tensor:
+    """How far each forget action tempts the policy, in (0, 1): [R, B].
+
+    sigmoid of its merit less that of the policy's own action (values v, vc [R, B]) plus the margin, over the temperature: 1/2 where
+    it is worse by exactly the margin. Merit is what the policy climbs, such as Q - lam Qc.
+    """
+    q = learner.pessimistic(learner.critic(forget.obs, forget.action), cost=False)
+    qc = learner.pessimistic(learner.cost_critic(forget.obs, forget.action), cost=True)
+    return ((learner.merit(q, qc) - learner.merit(v, vc) + cfg.margin) / cfg.temptation).sigmoid()
 
 
 def gate(learner: Learner, memory: Memory, steps: int, seed: int = 0, hidden: Sequence[int] = (64, 64),
@@ -72,32 +90,58 @@ def gate(learner: Learner, memory: Memory, steps: int, seed: int = 0, hidden: Se
     return [line[:len(r.ids)] for line, r in zip(out, memory.rows)]
 
 
+def pushes(learner: Learner, source: Learner, memory: Memory, cfg: SafeRULEConfig, w: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """The terms that are added to the losses of both critics (and, with `gap`, of the actor), on one forget batch; w [R, 1]."""
+    forget = memory.forget()
+    w = w * forget.weight                                                                          # [R, 1] or [R, B]
+    if cfg.form == "ascent":
+        target = learner.targets(forget)
+        error = lambda q, y: (w * (q - y[:, None]).square().sum(1)).mean(-1)
+        push = {"critic": lambda: -cfg.alpha * error(learner.critic(forget.obs, forget.action), target.reward),
+                "cost_critic": lambda: -cfg.beta * error(learner.cost_critic(forget.obs, forget.action), target.cost)}
+    else:
+        v, vc = source.value(forget.obs, memory.forget_stream)
+        low, high = bounds(source, v, vc, cfg)
+        if cfg.temptation:
+            w = w * temptation(learner, forget, v, vc, cfg)
+        push = {"critic": lambda: suppress(learner.critic(forget.obs, forget.action), low, cfg.alpha * w, -1),
+                "cost_critic": lambda: suppress(learner.cost_critic(forget.obs, forget.action), high, cfg.beta * w, cfg.cost_sign)}
+    if not cfg.cost_sign:
+        del push["cost_critic"]
+    if cfg.gap:
+        def actor() -> Tensor:                         # what the policy climbs, at forget states; their labels are not used
+            q, qc = policy_values(learner, forget.obs, 1)
+            price = getattr(learner, "lam", 1.0)       # CPQ has no multiplier
+            return cfg.gap * (w * (-q + price * (qc - learner.qc_limit))).mean(-1)
+        push["actor"] = actor
+    return push
+
+
 def phases(learner: Learner, memory: Memory, cfg: SafeRULEConfig, forged_costs: Sequence[bool]) -> Iterator[Phase]:
+    one_of("form of the suppression", cfg.form, SUPPRESSIONS)
+    one_of("source of the margins", cfg.margins, MARGINS)
     gated = [cfg.gate == "on" or (cfg.gate == "auto" and forged) for forged in forged_costs]
     if any(gated) and cfg.weight:
         gates = gate(learner, memory, cfg.gate_steps)
         memory.weigh_forget([g if use else torch.ones_like(g) for g, use in zip(gates, gated)])
     start = torch.tensor([[cfg.weight if use else cfg.weight_ungated] for use in gated], device=learner.device)    # [R, 1]
+    source = learner.pick(range(learner.replicas)) if cfg.margins == "frozen" else learner
     learner.reset_optimiser("vae")
 
     def step(t: int):
-        w = start * (1 - learner.clock / cfg.suppress_steps).clamp(min=0)                          # annealed, on the device
+        fall = (1 - learner.clock / cfg.suppress_steps).clamp(min=0)                               # on the device
         if not cfg.n_step_mix:
             retain, target = memory.retain(), None
         else:
             retain, long = memory.retain_pair()
-            one = learner.targets(retain)
-            target = type(one)(*(torch.lerp(a, b, cfg.n_step_mix) for a, b in zip(one, learner.targets(long))))
-        if not (cfg.weight or cfg.weight_ungated):
-            return learner.update(retain, learner.cfg.steps + t, target)
-        forget = memory.forget()
-        low, high = margins(learner, forget.obs, cfg, memory.forget_stream)
-        push = {"critic": lambda: suppress(learner.critic(forget.obs, forget.action), low, cfg.alpha * w * forget.weight, -1)}
-        if cfg.cost_sign:
-            push["cost_critic"] = lambda: suppress(learner.cost_critic(forget.obs, forget.action), high,
-                                                   cfg.beta * w * forget.weight, cfg.cost_sign)
+            one, far = learner.targets(retain), learner.targets(long)
+            share = cfg.n_step_mix * (fall if cfg.anneal_mix else torch.ones_like(fall))
+            target = type(one)(*(torch.lerp(a, b, share) for a, b in zip(one, far)))
+        w = start * (fall if cfg.anneal else torch.ones_like(fall))
+        push = pushes(learner, source, memory, cfg, w) if cfg.weight or cfg.weight_ungated else None
         return learner.update(retain, learner.cfg.steps + t, target, push)
 
     settings = {"tau": cfg.tau, "adapt_lam": not cfg.freeze_lam}
-    yield Phase("suppress", cfg.suppress_steps, step, settings)
-    yield Phase("relearn", cfg.steps - cfg.suppress_steps, memory.ordinary, settings)
+    frozen = frozenset() if cfg.fit_vae else frozenset({"vae"})
+    yield Phase("suppress", cfg.suppress_steps, step, settings, frozen)
+    yield Phase("relearn", cfg.steps - cfg.suppress_steps, memory.ordinary, settings, frozen)
