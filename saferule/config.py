@@ -596,9 +596,8 @@ PROFILES: dict[str, Profile] = {
             "audit": {"trajectories": 16, "rows": 256, "samples": 4, "copies": 2, "shadow_steps": 30, "published_copies": 2,
                       "relearn_steps": 300, "relearn_rows": 128, "bootstrap": 200},
         }),
-    "quick": Profile(tasks=("BallCircle",), seeds=(0, 1, 2),
-                     notebooks=("00_start_here", "10_table_main", "13_ablation", "20_figures")),
-    "standard": Profile(tasks=("BallRun", "CarRun", "BallCircle", "CarCircle"), seeds=(0, 1, 2)),
+    "quick": Profile(tasks=("BallCircle",), seeds=(0, 1, 2), methods=WITH_CRITICS),
+    "standard": Profile(tasks=("BallRun", "CarRun", "BallCircle", "CarCircle"), seeds=(0, 1, 2), methods=WITH_CRITICS),
     "learners": Profile(                                   # the clean benchmark of all learners, at quick sizes
         tasks=("BallRun", "CarRun", "BallCircle", "CarCircle"), seeds=(0, 1, 2), attacks=(), methods=(),
         learners=("bcq_lag", "bear_lag", "cpq", "coptidice", "cdt", *BC_NAMES),

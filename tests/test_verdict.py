@@ -175,6 +175,7 @@ def test_compute(steps, expected):
 def test_audits(name, value, expected):
     found = line(verdict(audits(**{name: (value, *SEEN[name][1:])})), name)
     assert found["result"] == expected
+    assert expected != "not measured" or found["reason"] == "no number from the audit for seed 0"
     assert expected == "not measured" or found["value"] == pytest.approx(np.mean(value))
     assert expected == "not measured" or found["calibration"] == pytest.approx(dict(zip(("poisoned", "retrain"), SEEN[name][1:])))
 
