@@ -445,6 +445,30 @@ class EvaluateConfig:
     seed: int = 1000
 
 
+@dataclass(frozen=True)
+class OPEConfig:
+    """Off-policy evaluation by fitted Q evaluation: what a policy earns and costs, from logged rows alone (algorithms.md F)."""
+    finite: bool = True                # the time step is an input and nothing comes after the horizon | off: it goes on for ever
+    gamma: float = 1.0                 # below 1 unless finite
+    members: int = 8                   # of the bootstrap ensemble
+    samples: int = 1                   # actions of the policy at each state
+    steps: int = 3000
+    batch: int = 128
+    hidden: tuple[int, ...] = (64, 64)
+    lr: float = 1e-3
+    tau: float = 0.05                  # Polyak rate of the networks that targets and estimates come from
+    held_out: float = 0.2              # share of the trajectories whose first states the estimates are means over
+    z: float = 1.64                    # half the width of an interval, in standard errors (1.64: 90%)
+    probe: int = 2048                  # rows looked at for the two vetoes:
+    neighbours: int = 5                # off support is an action farther from its nearest rows of other trajectories ...
+    radius: float = 0.99               # ... than this quantile of the data's own; ...
+    off_support: float = 0.2           # ... with more of these a policy is not ranked
+    peak: float = 2.0                  # nor is one with a value this many times as large as any can be
+    candidates: int = 20               # more are not chosen from: the best of many looks better than it is
+    seed: int = 0                      # of folds, bootstraps, weights and draws
+    mode = "default"                   # no setting
+
+
 CURVE = (0, 0.125, 0.25, 0.5, 0.75, 1, 1.5, 2)     # weights are kept at these multiples of the unlearning budget
 LEARNING_CURVE = (0.1, 0.2, 0.4, 0.6, 0.8, 1)      # and at these shares of the training, where a profile asks for it
 
@@ -461,7 +485,7 @@ class Thresholds:
 
 BC_NAMES = tuple("bc_" + select.replace("-", "") for select in BC_SELECTIONS)
 CONFIGS: dict[str, Any] = {                        # name -> defaults
-    "data": DataConfig(), "evaluate": EvaluateConfig(), "thresholds": Thresholds(),
+    "data": DataConfig(), "evaluate": EvaluateConfig(), "ope": OPEConfig(), "thresholds": Thresholds(),
     "inject": InjectConfig(), "inject_data": InjectConfig(source="data"), "label_flip": LabelFlipConfig(),
     "label_flip_random": LabelFlipConfig(select="random"), "label_flip_inverse": LabelFlipConfig(inverse=True),
     "reward_poison": RewardPoisonConfig(), "outliers": OutliersConfig(), "random_corruption": RandomCorruptionConfig(),
@@ -483,7 +507,7 @@ ATTACK_NAMES = ("inject", "inject_data", "label_flip", "label_flip_random", "lab
 LEARNER_NAMES = ("bcq_lag", "bear_lag", "cpq", "coptidice", "cdt", *BC_NAMES)
 UNLEARNER_NAMES = ("finetune", "finetune_nstep", "gradient_ascent", "random_relabel", "trajdeleter", "early_saferule",
                    "negative_preference", "saferule")          # 'retrain' is a condition of the training run
-STAGES = ("start", "data", "poison", "train", "unlearn", "evaluate", "table", "figures")
+STAGES = ("start", "data", "poison", "train", "unlearn", "evaluate", "ope", "table", "figures")
 
 
 @dataclass(frozen=True)
@@ -629,6 +653,6 @@ def resolve(profile: str, stage: str, task: str, learner: str = "bcq_lag", attac
     if stage == "unlearn":
         one_of("method", method, UNLEARNER_NAMES)
         return {"task": task, "learner": learner, "attacks": attacks, "method": method, "seeds": seeds, **plain(method, overrides)}
-    if stage == "evaluate":
-        return {"task": task, "learner": learner, "cost_limit": data["cost_limit"], **plain("evaluate", overrides)}
+    if stage in ("evaluate", "ope"):
+        return {"task": task, "learner": learner, "cost_limit": data["cost_limit"], **plain(stage, overrides)}
     return {"profile": profile, "note": PROFILES[profile].note, **dataclasses.asdict(Thresholds())}
