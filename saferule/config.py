@@ -550,6 +550,7 @@ PROFILES: dict[str, Profile] = {
             "negative_preference": {"steps": 60, "repel_steps": 30},           # the transformer trains 600 steps
             "saferule": {"steps": 90, "suppress_steps": 60, "gate_steps": 100, "tau": 0.1},
             "evaluate": {"episodes": 3, "curve_episodes": 1},
+            "ope": {"members": 4, "steps": 600, "batch": 64, "hidden": (32, 32), "lr": 3e-3, "tau": 0.2, "probe": 512},
         }),
     "quick": Profile(tasks=("BallCircle",), seeds=(0, 1, 2)),
     "standard": Profile(tasks=("BallRun", "CarRun", "BallCircle", "CarCircle"), seeds=(0, 1, 2)),
@@ -580,6 +581,7 @@ PROFILES: dict[str, Profile] = {
             "negative_preference": {"steps": 10_000, "repel_steps": 5_000},
             "saferule": {"steps": 10_000, "suppress_steps": 5_000},
             "evaluate": {"episodes": 20},
+            "ope": {"samples": 5, "steps": 50_000, "batch": 512, "hidden": (256, 256), "lr": 3e-4, "tau": 0.005},
         }),
 }
 TASK_CONFIG: dict[str, dict[str, dict[str, Any]]] = {          # diffs by task, under those of the profile

@@ -13,8 +13,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from .config import OPEConfig
 from .errors import UserError
 from .figures import COLOURS, LIMIT, MARKERS, STYLE, cost_limit_line
+from .ope import select
 from .statistics import ATTACKS, METHODS, need, number
 
 KEYS = ["task", "learner", "attack", "method", "seed", "cost_limit", "stage", "step"]          # of a policy
@@ -70,6 +72,28 @@ def failures(table: pd.DataFrame) -> pd.DataFrame:
     why = ["; ".join(text for text, wrong in says.items() if wrong[i]) for i in table.index]
     out = for_people(table).assign(**{"what is wrong": why})
     return out[out["what is wrong"] != ""]
+
+
+def chosen_steps(estimates: pd.DataFrame, episodes: pd.DataFrame, cfg: OPEConfig) -> pd.DataFrame:
+    """What `ope.select` chooses by fold 0 among the steps of each repaired model, and what it is worth.
+
+    estimates: of `stages.ope.candidates`; episodes: rollouts of the same snapshots (stage 'curve'). One line per model: chosen step
+    (NaN: none), ret and cost there by fold 1; driven_ret, driven_cost: by rollouts, there and (.._end) at the end of the budget.
+    """
+    driven = episodes[episodes.stage == "curve"].groupby(["method", "attack", "seed", "step"])[["ret", "cost"]].mean()
+    lines = []
+    for (method, attack, seed), own in estimates.groupby(["method", "attack", "seed"], sort=False):
+        first, second = (own[own.fold == fold].set_index("step") for fold in (0, 1))
+        choice, limit = select(first, own.cost_limit.iloc[0], cfg), own.cost_limit.iloc[0]
+        real = driven.loc[method, attack, seed]
+        there = lambda frame, name, at=choice.at: np.nan if at is None else frame.loc[at, name]
+        lines.append({"task": own.task.iloc[0], "learner": own.learner.iloc[0], "attack": attack, "method": method, "seed": seed,
+                      "cost_limit": limit, "step": np.nan if choice.at is None else choice.at,
+                      **{name: there(second, name) for name in SIGNALS},
+                      **{f"driven_{name}": there(real, name) for name in SIGNALS},
+                      **{f"driven_{name}_end": real.loc[first.index.max(), name] for name in SIGNALS},
+                      "why": "all vetoed" if choice.at is None else choice.reasons[choice.at]})
+    return pd.DataFrame(lines)
 
 
 def for_people(table: pd.DataFrame) -> pd.DataFrame:
