@@ -26,9 +26,10 @@ VARIANTS = {                           # order and names of the variants, everyw
     "frozen_vae": "frozen VAE",
     "frozen_margins": "frozen margins",
     "actor_gap": "with an actor gap term",
-    "all_rows": "all rows pushed alike",
-    "one_step": "1-step targets only",
-    "long_throughout": "long targets not annealed",
+    "no_temptation": "pushed whether it tempts or not",
+    "no_gate": "without the gate",
+    "no_long_targets": "without long targets",
+    "constant_mix": "long targets not annealed",
 }
 DASHES = {"retrain": (0, (5, 3)), "poisoned": (0, (1, 1.5))}
 assert tuple(VARIANTS) == tuple(ABLATIONS)

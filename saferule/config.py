@@ -344,14 +344,14 @@ class CDTConfig:
 @dataclass(frozen=True)
 class FinetuneConfig:
     """Ordinary training on the retain rows (algorithms.md D.2)."""
-    steps: int = 400
+    steps: int = 250
 
 
 @dataclass(frozen=True)
 class GradientAscentConfig:
     """Bellman error up on forget rows, down on retain rows; then ordinary training (algorithms.md D.3)."""
-    steps: int = 400
-    ascent_steps: int = 200
+    steps: int = 250
+    ascent_steps: int = 125
     beta: float = 1.0                  # weight of the ascent
     guards: bool = False               # off: unbounded, as published
     clip: float = 1.0                  # guards: bound of the norm of the ascent's gradient, per replica
@@ -361,16 +361,16 @@ class GradientAscentConfig:
 @dataclass(frozen=True)
 class RandomRelabelConfig:
     """Ordinary training on retain rows and forget rows with other rewards and costs (algorithms.md D.4)."""
-    steps: int = 400
+    steps: int = 250
     rewards: str = "uniform"           # uniform: between the retain rows' extremes | ramp: TrajDeleter's baseline, by episode
 
 
 @dataclass(frozen=True)
 class TrajDeleterConfig:
     """Forget rows made worthless in turns with retain rows, then convergence towards the original (algorithms.md D.5)."""
-    steps: int = 400
+    steps: int = 250
     rounds: int = 4                    # of a block on retain rows and one on forget rows ...
-    block: int = 40                    # ... of so many steps each; convergence follows (published: 1000, of 10,000 steps)
+    block: int = 25                    # ... of so many steps each; convergence follows (published: 1000, of 10,000 steps)
     flip_costs: bool = True            # costs of forget rows become c_max - c (ours)
     anchor: str = "original"           # original: its values on all retain rows | far: on those far from forget rows | off
     anchor_weight: float = 0.1
@@ -379,8 +379,8 @@ class TrajDeleterConfig:
 @dataclass(frozen=True)
 class EarlySafeRULEConfig:
     """The early public Safe-RULE code: critics by ascent, actor by advantage gaps (algorithms.md D.6)."""
-    steps: int = 400
-    unlearn_steps: int = 200
+    steps: int = 250
+    unlearn_steps: int = 125
     mended: bool = False               # the actor's loss with its signs put right
     eta: float = 1.0                   # mended: weight of the forget states in the actor's loss
     rate: float = 0.1                  # of the learner's learning rates, in these steps (the code left them at 1e-4)
@@ -414,11 +414,11 @@ SUPPRESSIONS, MARGINS = ("softplus", "ascent"), ("live", "frozen")
 @dataclass(frozen=True)
 class SafeRULEConfig:
     """Joint softplus suppression, annealed, then relearning (algorithms.md D.7, feasibility.md's recipe)."""
-    steps: int = 400
-    suppress_steps: int = 300          # the weight falls linearly to zero over these; relearning follows
-    weight: float = 1.5                # of the suppression at step 0, with the gate
-    weight_ungated: float = 0.5        # the same where no gate can be had
-    alpha: float = 1.0                 # reward-critic share of the weight
+    steps: int = 250
+    suppress_steps: int = 200          # the weight falls linearly to zero over these; relearning follows
+    weight: float = 2.5                # of the suppression at step 0, with the gate
+    weight_ungated: float = 0.8        # the same where no gate can be had
+    alpha: float = 0.1                 # reward-critic share of the weight
     beta: float = 1.0                  # cost-critic share of the weight
     cost_sign: int = 1                 # +1: forget costs are pushed up; -1: down, the literal 'value suppression'; 0: left alone
     margin: float = 1.0                # both margins, in scaled reward / cost units
@@ -427,9 +427,9 @@ class SafeRULEConfig:
     gate_steps: int = 150
     temptation: float = 0.5            # a forget row is pushed as far as its action tempts the policy, softened by this; 0: always
     n_step: int = 10                   # horizon of the long targets ...
-    n_step_mix: float = 0.5            # ... and their share while suppressing ...
+    n_step_mix: float = 0.9            # ... and their share while suppressing ...
     anneal_mix: bool = True            # ... which falls to zero with the weight
-    tau: float = 0.05                  # Polyak rate during the budget
+    tau: float = 0.1                   # Polyak rate during the budget
     freeze_lam: bool = True            # the multiplier stays as the checkpoint has it during the budget
     form: str = "softplus"             # softplus | ascent: of the squared Bellman error on forget rows, without a bound
     anneal: bool = True                # off: the weight stays at its start until suppress_steps
@@ -451,7 +451,8 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType({      # variants 
     "cost_down": {"cost_sign": -1}, "ascent": {"form": "ascent"}, "no_anneal": {"anneal": False},
     "no_relearning": {"suppress_steps": "=steps"},     # '=': the value of another setting
     "frozen_vae": {"fit_vae": False}, "frozen_margins": {"margins": "frozen"}, "actor_gap": {"gap": 1.0},
-    "all_rows": {"temptation": 0.0}, "one_step": {"n_step_mix": 0.0}, "long_throughout": {"anneal_mix": False},
+    "no_temptation": {"temptation": 0.0}, "no_gate": {"gate": "off"},
+    "no_long_targets": {"n_step_mix": 0.0}, "constant_mix": {"anneal_mix": False},
 })
 
 
@@ -466,6 +467,53 @@ class EvaluateConfig:
     seed: int = 1000
 
 
+@dataclass(frozen=True)
+class AuditConfig:
+    """Is the influence of the forget rows gone? (algorithms.md E.1 to E.4)"""
+    trajectories: int = 48             # at most so many forget trajectories are looked at, in each audit
+    rows: int = 1024                   # forget rows at which distances are probed
+    samples: int = 8                   # actions of a policy per state, in distances
+    copies: int = 4                    # shadows of each poisoned and each retrained model ...
+    shadow_steps: int = 200            # ... fine-tuned for so long
+    window: int = 128                  # rows over which a value vector accumulates
+    noise: float = 0.05                # on the states that the judging critics see, in units of each entry's standard deviation
+    alpha: float = 0.01                # of the prediction interval
+    published_copies: int = 5          # TrajAuditor as published: shadows of each poisoned model ...
+    published_passes: int = 4          # ... passes of each with other noise ...
+    published_noise: float = 0.08      # ... of this size, in raw units ...
+    published_alpha: float = 1e-4      # ... and level of its outlier test
+    relearn_steps: int = 400           # relearning stops here
+    relearn_every: int = 10            # steps between probes ...
+    relearn_rows: int = 256            # ... of the actions at so many forget rows
+    relearn_share: float = 0.5         # of the poison that is to come back
+    bootstrap: int = 1000              # samples of trajectories behind an interval
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class OPEConfig:
+    """Off-policy evaluation by fitted Q evaluation: what a policy earns and costs, from logged rows alone (algorithms.md F)."""
+    finite: bool = True                # the time step is an input and nothing comes after the horizon | off: it goes on for ever
+    gamma: float = 1.0                 # below 1 unless finite
+    members: int = 8                   # of the bootstrap ensemble
+    samples: int = 1                   # actions of the policy at each state
+    steps: int = 3000
+    batch: int = 128
+    hidden: tuple[int, ...] = (64, 64)
+    lr: float = 1e-3
+    tau: float = 0.05                  # Polyak rate of the networks that targets and estimates come from
+    held_out: float = 0.2              # share of the trajectories whose first states the estimates are means over
+    z: float = 1.64                    # half the width of an interval, in standard errors (1.64: 90%)
+    probe: int = 2048                  # rows looked at for the two vetoes:
+    neighbours: int = 5                # off support is an action farther from its nearest rows of other trajectories ...
+    radius: float = 0.99               # ... than this quantile of the data's own; ...
+    off_support: float = 0.2           # ... with more of these a policy is not ranked
+    peak: float = 2.0                  # nor is one with a value this many times as large as any can be
+    candidates: int = 20               # more are not chosen from: the best of many looks better than it is
+    seed: int = 0                      # of folds, bootstraps, weights and draws
+    mode = "default"                   # no setting
+
+
 CURVE = (0, 0.125, 0.25, 0.5, 0.75, 1, 1.5, 2)     # weights are kept at these multiples of the unlearning budget
 LEARNING_CURVE = (0.1, 0.2, 0.4, 0.6, 0.8, 1)      # and at these shares of the training, where a profile asks for it
 
@@ -474,8 +522,8 @@ LEARNING_CURVE = (0.1, 0.2, 0.4, 0.6, 0.8, 1)      # and at these shares of the 
 class Thresholds:
     """The rules by which a claim is called supported; fixed before any run."""
     clean_return: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"BallCircle": 550.0})
-    share_of_retrained_return: float = 0.80
-    share_of_training_steps: float = 0.10
+    share_of_retrained_return: float = 0.95
+    share_of_training_steps: float = 0.05
     share_of_best_safe_return: float = 0.80            # the clean learners': of the best safe episode in the data
     share_of_tasks: float = 0.75
 
@@ -493,7 +541,7 @@ class VerdictThresholds:
     delta_mia: float = 0.1             # membership AUC at most this far from the retrained, on either side: below shows forgetting
     distance: float = 2.0              # at most this many times as far from the retrained as they are from each other
     relearn: float = 0.5               # the poison takes at least this share of the steps that the retrained need to learn it
-    compute: float = 0.10              # at most this share of the updates of retraining: more is no bargain
+    compute: float = 0.05              # at most this share of the updates of retraining
     min_seeds: int = 3                 # nothing passes on fewer: their interval would be narrow for want of data
     level: float = 0.95                # of the bootstrap intervals over seeds
     reps: int = 2000                   # resamples of the seeds
@@ -501,7 +549,8 @@ class VerdictThresholds:
 
 BC_NAMES = tuple("bc_" + select.replace("-", "") for select in BC_SELECTIONS)
 CONFIGS: dict[str, Any] = {                        # name -> defaults
-    "data": DataConfig(), "evaluate": EvaluateConfig(), "thresholds": Thresholds(), "verdict": VerdictThresholds(),
+    "data": DataConfig(), "evaluate": EvaluateConfig(), "ope": OPEConfig(), "audit": AuditConfig(), "thresholds": Thresholds(),
+    "verdict": VerdictThresholds(),
     "inject": InjectConfig(), "inject_data": InjectConfig(source="data"), "label_flip": LabelFlipConfig(),
     "label_flip_random": LabelFlipConfig(select="random"), "label_flip_inverse": LabelFlipConfig(inverse=True),
     "reward_poison": RewardPoisonConfig(), "outliers": OutliersConfig(), "random_corruption": RandomCorruptionConfig(),
@@ -524,7 +573,8 @@ TRIGGERED_ATTACKS = ("marker", "bias", "baffle_return", "baffle_cost")         #
 LEARNER_NAMES = ("bcq_lag", "bear_lag", "cpq", "coptidice", "cdt", *BC_NAMES)
 UNLEARNER_NAMES = ("finetune", "finetune_nstep", "gradient_ascent", "random_relabel", "trajdeleter", "early_saferule",
                    "negative_preference", "saferule")          # 'retrain' is a condition of the training run
-STAGES = ("start", "data", "poison", "train", "unlearn", "evaluate", "ablation", "table", "verdict", "figures")
+WITH_CRITICS = tuple(name for name in UNLEARNER_NAMES if name != "negative_preference")     # it is for policies by likelihood
+STAGES = ("start", "data", "poison", "train", "unlearn", "evaluate", "ope", "audit", "ablation", "table", "verdict", "figures")
 
 
 @dataclass(frozen=True)
@@ -567,10 +617,12 @@ PROFILES: dict[str, Profile] = {
             "negative_preference": {"steps": 60, "repel_steps": 30},           # the transformer trains 600 steps
             "saferule": {"steps": 90, "suppress_steps": 60, "gate_steps": 100, "tau": 0.1},
             "evaluate": {"episodes": 3, "curve_episodes": 1},
+            "audit": {"trajectories": 16, "rows": 256, "samples": 4, "copies": 2, "shadow_steps": 30, "published_copies": 2,
+                      "relearn_steps": 300, "relearn_rows": 128, "bootstrap": 200},
+            "ope": {"members": 4, "steps": 600, "batch": 64, "hidden": (32, 32), "lr": 3e-3, "tau": 0.2, "probe": 512},
         }),
-    "quick": Profile(tasks=("BallCircle",), seeds=(0, 1, 2),
-                     notebooks=("00_start_here", "10_table_main", "13_ablation", "20_figures")),
-    "standard": Profile(tasks=("BallRun", "CarRun", "BallCircle", "CarCircle"), seeds=(0, 1, 2)),
+    "quick": Profile(tasks=("BallCircle",), seeds=(0, 1, 2), methods=WITH_CRITICS),
+    "standard": Profile(tasks=("BallRun", "CarRun", "BallCircle", "CarCircle"), seeds=(0, 1, 2), methods=WITH_CRITICS),
     "learners": Profile(                                   # the clean benchmark of all learners, at quick sizes
         tasks=("BallRun", "CarRun", "BallCircle", "CarCircle"), seeds=(0, 1, 2), attacks=(), methods=(),
         learners=("bcq_lag", "bear_lag", "cpq", "coptidice", "cdt", *BC_NAMES),
@@ -589,15 +641,18 @@ PROFILES: dict[str, Profile] = {
             "cdt": {"steps": 100_000, "batch": 2048, "context": 10, "width": 128, "layers": 3, "attention_heads": 8, "dropout": 0.1,
                     "lr": 1e-4, "warm_up": 500},
             **dict.fromkeys(BC_NAMES, {"steps": 100_000, "batch": 512, "hidden": (256, 256), "tau": 0.005}),
-            "finetune": {"steps": 10_000},
-            "finetune_nstep": {"steps": 10_000, "suppress_steps": 5_000},
-            "gradient_ascent": {"steps": 10_000, "ascent_steps": 5_000},
-            "random_relabel": {"steps": 10_000},
-            "trajdeleter": {"steps": 10_000, "block": 1_000},
-            "early_saferule": {"steps": 10_000, "unlearn_steps": 5_000},
-            "negative_preference": {"steps": 10_000, "repel_steps": 5_000},
-            "saferule": {"steps": 10_000, "suppress_steps": 5_000},
+            "finetune": {"steps": 5_000},
+            "finetune_nstep": {"steps": 5_000, "suppress_steps": 4_000},
+            "gradient_ascent": {"steps": 5_000, "ascent_steps": 2_500},
+            "random_relabel": {"steps": 5_000},
+            "trajdeleter": {"steps": 5_000, "block": 500},
+            "early_saferule": {"steps": 5_000, "unlearn_steps": 2_500},
+            "negative_preference": {"steps": 5_000, "repel_steps": 2_500},
+            "saferule": {"steps": 5_000, "suppress_steps": 4_000},
             "evaluate": {"episodes": 20},
+            "audit": {"trajectories": 128, "rows": 4096, "samples": 16, "shadow_steps": 5_000, "relearn_steps": 10_000,
+                      "relearn_every": 50, "relearn_rows": 1024, "bootstrap": 2_000},
+            "ope": {"samples": 5, "steps": 50_000, "batch": 512, "hidden": (256, 256), "lr": 3e-4, "tau": 0.005},
         }),
 }
 TASK_CONFIG: dict[str, dict[str, dict[str, Any]]] = {          # diffs by task, under those of the profile
@@ -679,8 +734,8 @@ def resolve(profile: str, stage: str, task: str, learner: str = "bcq_lag", attac
     if stage == "unlearn":
         one_of("method", method, UNLEARNER_NAMES)
         return {"task": task, "learner": learner, "attacks": attacks, "method": method, "seeds": seeds, **plain(method, overrides)}
-    if stage == "evaluate":
-        return {"task": task, "learner": learner, "cost_limit": data["cost_limit"], **plain("evaluate", overrides)}
+    if stage in ("evaluate", "ope"):
+        return {"task": task, "learner": learner, "cost_limit": data["cost_limit"], **plain(stage, overrides)}
     head = {"profile": profile, "note": PROFILES[profile].note}
     if stage == "verdict":
         return {**head, "method": one_of("method", method, UNLEARNER_NAMES), **plain("verdict", overrides)}

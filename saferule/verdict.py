@@ -188,7 +188,7 @@ def _case(key: tuple, seeds: list[int], tidy: pd.DataFrame, later: pd.DataFrame,
         values = {who: column(of(found[found.audit == c.name], who), "value") for who in (method, "poisoned", "retrain")} if (
             found is not None and (found.method == method).any()) else {method: np.full(len(seeds), np.nan)}
         mine = np.where(np.isfinite(values[method]), values[method], np.nan)
-        made = line(c.name, lambda i, mine=mine: mine[i].mean(-1), {c.name: mine})
+        made = line(c.name, lambda i, mine=mine: mine[i].mean(-1), {"number from the audit": mine})
         if len(values) == 1:
             made["reason"] = "not audited"
         elif made["result"] != "not measured":

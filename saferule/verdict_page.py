@@ -125,7 +125,7 @@ def verdict_figure(document: Mapping[str, Any], title: str = "") -> Figure:
     All criteria share an axis: 0 is the threshold, 1 what a perfect repair has; what lies beyond the panel is an arrow. Small
     ticks: seeds. Marker and word: the result.
     """
-    cases, height, W, left, panel = document["cases"], 0.33, 14.6, 5.1, 4.0            # inches
+    cases, height, W, left, panel = document["cases"], 0.33, 14.8, 5.1, 4.0            # inches
     H = 1.35 + len(cases) * (height * len(CRITERIA) + 0.75)
     with mpl.rc_context({**STYLE, "axes.grid": False}):
         fig, axes = plt.subplots(len(cases), 1, figsize=(W, H), squeeze=False)
@@ -174,4 +174,4 @@ def _draw(ax, y: float, line: Mapping[str, Any]) -> None:
                                             va="center", fontsize=9, annotation_clip=False, **kw)
     put(10, line["result"], color=look["color"], fontweight="bold")
     put(92, measured(line), color="#222222")
-    put(208, line["reason"].split(":")[0], color="#666666")
+    put(220, line["reason"].split(":")[0], color="#666666")

@@ -20,9 +20,9 @@ from saferule.sources import PACKAGE, PRESENTATION, closure, digest, imports, la
 
 LISTS = 'task = "BallRun"\nlearner = "bcq_lag"\nattacks = ""\nmethod = "saferule"\nseeds = "0,1"\ndevice = "cpu"'
 PARAMETERS = {"00_start_here": "", "01_data": 'task = "BallRun"', "02_poison": 'task = "BallRun"\nattack = "inject"',
-              "03_train": LISTS, "04_unlearn": LISTS, "05_evaluate": LISTS, "07_verdict": 'method = "saferule"',
-              "10_table_main": "", "11_learners": 'learners = ""', "12_cost_limits": "", "13_ablation": 'attacks = ""',
-              "20_figures": 'tasks = ""'}
+              "03_train": LISTS, "04_unlearn": LISTS, "05_evaluate": LISTS, "06_audit": LISTS,
+              "07_verdict": 'method = "saferule"', "10_table_main": "", "11_learners": 'learners = ""', "12_cost_limits": "",
+              "13_ablation": 'attacks = ""', "20_figures": 'tasks = ""'}
 
 
 @pytest.fixture

@@ -1,9 +1,11 @@
 """Unlearners: suppression by hand, signs, bounds, isolation, equality with fine-tuning, and no simulator anywhere."""
+import math
 import subprocess
 import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +16,10 @@ from saferule.config import CONFIGS, UNLEARNER_NAMES, FinetuneConfig, InjectConf
 from saferule.data import Rows
 from saferule.errors import UserError
 from saferule.learners import LEARNERS
+from saferule.learners.shared import Targets
 from saferule.train import Resume
 from saferule.unlearning import Memory, possible, unlearn
-from saferule.unlearning.saferule import gate, margins, pushes, suppress
+from saferule.unlearning.saferule import gate, margins, pushes, suppress, temptation
 
 WITH_CRITICS = [name for name, kind in LEARNERS.items() if {"critic", "cost_critic"} <= set(kind.LOSSES)]
 DRAWN = ("gradient_ascent", "random_relabel", "trajdeleter", "early_saferule")       # forget rows drawn by weight
@@ -214,6 +217,46 @@ def test_multiplier_is_frozen_during_the_budget_and_free_afterwards():
     unlearn(learner, pool, retain, forget, "saferule", small("saferule"), later_steps=5)
     assert not torch.equal(learner.lam, lam)
     assert learner.cfg.tau == 0.02                                             # the tuned rate is given back
+
+
+def test_temptation_by_hand():
+    """Merit Q - lam Qc with lam 1/2: the forged action 4 - 1/2 * 2 = 3, the policy's 5 - 1/2 * 2 = 4, margin 1: exactly 1/2."""
+    learner, *_ = poisoned(steps=0, replicas=1)
+    learner.lam.fill_(0.5)
+    heads = lambda low, high: lambda obs, action: torch.tensor([[[low], [high]]])
+    learner.critic.forward, learner.cost_critic.forward = heads(4.0, 9.0), heads(1.0, 2.0)  # min of Q, max of Qc
+    nowhere = SimpleNamespace(obs=None, action=None)
+    cfg = SafeRULEConfig(margin=1.0, temptation=0.5)
+    found = lambda v, vc: temptation(learner, nowhere, torch.tensor([[v]]), torch.tensor([[vc]]), cfg).item()
+    assert found(5.0, 2.0) == pytest.approx(0.5)
+    assert found(3.0, 2.0) == pytest.approx(1 / (1 + math.exp(-(3 - 2 + 1) / 0.5)))         # better than the policy's own by 1
+    assert found(9.0, 2.0) < 0.001                                                          # no temptation at all
+    assert found(5.0, 4.0) == pytest.approx(1 / (1 + math.exp(-2.0)))                       # a dearer policy: 3 - 3 + 1
+
+
+@each_learner
+def test_what_does_not_tempt_is_not_pushed(kind):
+    learner, pool, retain, forget = poisoned(learner=kind, steps=20)
+    push = lambda **cfg: pushes(learner, learner, Memory(learner, pool, retain, forget, 0), small("saferule", **cfg),
+                                torch.ones(2, 1))
+    always, softened = push(temptation=0.0), push(temptation=0.5)
+    for name in ("critic", "cost_critic"):
+        assert (softened[name]() < always[name]()).all()                                   # a weight in (0, 1) per row
+    assert push(temptation=0.5, margin=-1e6)["critic"]().abs().max() == 0                  # worse than the policy's own by far
+
+
+@pytest.mark.parametrize("falls", [True, False])
+def test_share_of_the_long_targets_falls_with_the_weight(falls, monkeypatch):
+    """In step t of 3 the target is (1 - w) 1-step + w n-step with w = mix (1 - t / 3); constant without `anneal_mix`."""
+    learner, *rest = poisoned(steps=5)
+    seen = []
+    short, long = (torch.zeros(2, 32), torch.ones(2, 32))
+    learner.targets = lambda batch: Targets(*[long if isinstance(batch.steps, torch.Tensor) else short] * 3)
+    real = learner.update
+    learner.update = lambda batch, t, target=None, push=None: (seen.append(target), real(batch, t, target, push))[1]
+    cfg = small("saferule", steps=3, suppress_steps=3, n_step_mix=0.9, anneal_mix=falls, weight=0.0, weight_ungated=0.0)
+    unlearn(learner, *rest, "saferule", cfg)
+    assert [t.reward.mean().item() for t in seen] == pytest.approx([0.9, 0.6, 0.3] if falls else [0.9] * 3)
 
 
 # --------------------------------------------------------------------------------------------- the ablation's switches

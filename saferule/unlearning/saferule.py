@@ -5,9 +5,11 @@ Paper       Jiang, Zhu & Kong 2026 (arXiv 2606.09559). Known of it: Bellman regr
 Ours        1. cost values of forget rows go up (cost_sign=-1: down); reward values go down
             2. margins relative to the policy's own value at the forget state, from target networks, without gradient
             3. the weight falls to zero over `suppress_steps`; relearning on retain rows follows within the same budget
-            4. both critics regress on a mixture of 1-step and n-step targets along retained trajectories while suppressing
+            4. both critics regress on a mixture of 1-step and n-step targets along retained trajectories while suppressing; the
+               share of the latter, which are biased towards the data's own actions, falls with the weight
             5. a gate spares forget rows whose cost label agrees with what the retain rows say (forged costs only)
-            6. multiplier frozen and targets faster (tau) during the budget; critics and actor keep their Adam moments
+            6. temptation spares forget rows whose action is worse in the policy's eyes than its own, by the margin
+            7. multiplier frozen and targets faster (tau) during the budget; critics and actor keep their Adam moments
 """
 from __future__ import annotations
 
