@@ -20,6 +20,7 @@ from .ope import select
 from .statistics import ATTACKS, METHODS, need, number
 
 KEYS = ["task", "learner", "attack", "method", "seed", "cost_limit", "stage", "step"]          # of a policy
+SIZE = lambda method: 11 if MARKERS[method] == "*" else 7                                      # a star looks smaller
 SIGNALS = {"ret": "return", "cost": "cost"}
 
 
@@ -120,8 +121,9 @@ def ope_figure(table: pd.DataFrame, title: str = "") -> Figure:
             for method in [m for m in METHODS if m in set(table.method)]:
                 own = table[table.method == method]
                 bars = [own[name] - own[f"{name}_low"], own[f"{name}_high"] - own[name]]
-                ax.errorbar(own[f"real_{name}"], own[name], yerr=bars, xerr=own[f"real_{name}_se"].replace(np.inf, np.nan), ls="",
-                            color=COLOURS[method], marker=MARKERS[method], ms=7, mec="white", mew=0.6, elinewidth=0.9, alpha=0.9)
+                known = own[f"real_{name}_se"].replace(np.inf, np.nan)
+                ax.errorbar(own[f"real_{name}"], own[name], yerr=bars, xerr=known, ls="", color=COLOURS[method],
+                            marker=MARKERS[method], ms=SIZE(method), mec="white", mew=0.6, elinewidth=0.9, alpha=0.9)
             low, high = min(ax.get_xlim()[0], ax.get_ylim()[0]), max(ax.get_xlim()[1], ax.get_ylim()[1])
             ax.plot([low, high], [low, high], color="#444444", lw=1, ls=(0, (5, 3)), zorder=1)
             ax.set(xlim=(low, high), ylim=(low, high), aspect="equal", xlabel=f"{label} per episode, mean of rollouts",
@@ -132,7 +134,7 @@ def ope_figure(table: pd.DataFrame, title: str = "") -> Figure:
         axes[1].scatter(wrong.real_cost, wrong.cost, s=160, facecolors="none", edgecolors=LIMIT, lw=1.4, zorder=4)
         axes[1].axhline(limit, color=LIMIT, lw=1.2)
         cost_limit_line(axes[1], limit, horizontal=False)
-        handles = [Line2D([], [], ls="", marker=MARKERS[m], color=COLOURS[m], ms=8, mec="white", label=METHODS[m])
+        handles = [Line2D([], [], ls="", marker=MARKERS[m], color=COLOURS[m], ms=SIZE(m), mec="white", label=METHODS[m])
                    for m in METHODS if m in set(table.method)]
         fig.legend(handles=handles, loc="lower center", ncol=min(len(handles), 7))
         fig.suptitle(title, x=0.02, ha="left", fontweight="bold", fontsize=12)

@@ -67,7 +67,7 @@ def everything(pool):
 
 
 # ------------------------------------------------------------------------------------------------------ hand cases
-HAND = OPEConfig(members=2, steps=400, batch=32, hidden=(32,), lr=5e-3, tau=0.2, held_out=0.5)
+HAND = OPEConfig(members=2, steps=300, batch=16, hidden=(16,), lr=5e-3, tau=0.2, held_out=0.5)
 
 
 def test_self_loop_by_hand():
@@ -145,7 +145,7 @@ def test_chain_of_known_value():
     pool, ups = chain(), [0.2, 0.5, 0.9]
     truth = np.array([chain_cost(up) for up in ups])
     assert (np.diff(truth) > 1).all()
-    cfg = OPEConfig(members=6, steps=700, batch=64, hidden=(32,), lr=5e-3, tau=0.2, samples=4)
+    cfg = OPEConfig(members=4, steps=500, batch=64, hidden=(32,), lr=5e-3, tau=0.2, samples=2)
     frame = fqe(Random(ups), pool, [everything(pool)] * 3, 8, cfg).frame(1.64)
     assert frame.cost.to_numpy() == pytest.approx(truth, abs=0.25)
     assert frame.ret.to_numpy() == pytest.approx(2 * truth + 8, abs=0.5)
@@ -154,8 +154,8 @@ def test_chain_of_known_value():
 
 
 def test_the_logged_policy_has_the_mean_of_the_log():
-    pool = chain()
-    cfg = OPEConfig(members=4, steps=500, batch=64, hidden=(32,), lr=5e-3, tau=0.2)
+    pool = chain(episodes=300)
+    cfg = OPEConfig(members=4, steps=300, batch=64, hidden=(32,), lr=5e-3, tau=0.2)
     frame = fqe(Logged(), pool, [everything(pool)], 8, cfg).frame(1.64)
     truth = pool.episodes("clean").cost.mean()
     assert abs(frame.cost[0] - truth) < 0.2 and truth == pytest.approx(chain_cost(0.5), abs=0.3)

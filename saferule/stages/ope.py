@@ -93,8 +93,8 @@ def _made(task: Task, learner: str, name: str, models: Models, folds: Sequence[i
     frames, members = [], {"ret": [], "cost": []}
     for fold in folds:
         resume = Resume.beside(root, f"ope-{name}-{fold}", {**config, "lines": lines, "fold": fold}, inputs)
-        found = fqe(policy, pool, rows, task.horizon, cfg, config["seed"], triggers, None if fold < 0 else fold, resume,
-                    progress, on_log)
+        found = fqe(policy, pool, rows, task.horizon, cfg, config["seed"], triggers, fold=None if fold < 0 else fold, resume=resume,
+                    progress=progress, on_log=on_log)
         frame, R = found.frame(cfg.z), len(lines)
         for column in ("cost", "cost_low", "cost_high") if shown else ():
             frame[f"triggered_{column}"] = pd.Series(frame[column].to_numpy()[R:], index=shown)
