@@ -37,7 +37,7 @@ SEEN = {                               # audit: of saferule, poisoned, retrain
 FEW = dict(reps=100)
 
 
-def tables(own=OWN, after=AFTER, bad=BAD, gold=GOLD, steps=(4000, 400), attack="inject"):
+def tables(own=OWN, after=AFTER, bad=BAD, gold=GOLD, steps=(4000, 200), attack="inject"):
     final = {(attack, "poisoned"): (steps[0], bad), (attack, "retrain"): (steps[0], gold), (attack, "saferule"): (steps[1], own)}
     tidy = main_table(*evaluation({k: v for k, v in final.items() if v[1]}), 20.0)
     return tidy, later_table(*evaluation({(attack, "saferule"): (2 * steps[1], after)}, stage="later"), 20.0)
@@ -156,7 +156,7 @@ def test_relapse():
     assert document["models"]["repaired"] == 0 and document["result"] == "not measured"
 
 
-@pytest.mark.parametrize("steps, expected", [((4000, 400), "pass"), ((4000, 401), "fail")])
+@pytest.mark.parametrize("steps, expected", [((4000, 200), "pass"), ((4000, 201), "fail")])
 def test_compute(steps, expected):
     found = line(verdict(steps=steps), "compute")
     assert (found["result"], found["value"]) == (expected, pytest.approx(steps[1] / 4000))
@@ -448,8 +448,8 @@ def run(tmp_path, monkeypatch):
 
 def fill(root, own=OWN):
     final = {("none", "clean"): (4000, GOLD), ("inject", "poisoned"): (4000, BAD), ("inject", "retrain"): (4000, GOLD),
-             ("inject", "saferule"): (400, own)}
-    parts = [evaluation(final, "BallRun"), evaluation({("inject", "saferule"): (800, AFTER)}, "BallRun", "later")]
+             ("inject", "saferule"): (200, own)}
+    parts = [evaluation(final, "BallRun"), evaluation({("inject", "saferule"): (400, AFTER)}, "BallRun", "later")]
     episodes, runs = pd.concat([part[0] for part in parts]).assign(cost_limit=20.0), parts[0][1].assign(cost_limit=20.0)
     data = save("data", "BallRun", {"note.md": "d"}, {}, root=root)
     poison = save("poison", "BallRun-inject", {"note.md": "p"}, {}, {"data": data}, root=root)
