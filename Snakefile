@@ -110,6 +110,17 @@ rule evaluate:
     shell: run("05_evaluate", "task", "learner")
 
 
+rule audit:
+    input: artefact("train", "{task}", "{learner}"), artefacts("unlearn", ["{task}"], ["{learner}"], METHODS)
+    output: artefact("audit", "{task}", "{learner}"), notebook="notebooks/06_audit-{task}-{learner}.ipynb"
+    params: settings=resolved("audit"), code=code("06_audit")
+    shell: run("06_audit", "task", "learner")
+
+
+rule forgetting:                                           # every audit of the profile, and with them T5; no profile ends with it
+    input: artefacts("audit", TASKS, LEARNERS)
+
+
 rule verdict:
     input:
         artefacts("evaluate", TASKS, LEARNERS),
@@ -148,6 +159,13 @@ rule ablation:
     params: settings=resolved("ablation"), code=code("13_ablation")
     threads: workflow.cores
     shell: run("13_ablation")
+
+
+rule off_policy:                                           # no profile ends with it: FLAGS=off_policy
+    input: artefacts("evaluate", TASKS, LEARNERS)
+    output: "tables/T_ope.csv", notebook="notebooks/14_off_policy.ipynb"
+    params: settings=resolved("ope"), code=code("14_off_policy")
+    shell: run("14_off_policy")
 
 
 rule figures:

@@ -48,7 +48,8 @@ from saferule.sources import REPO
 
 SCHEMA = "saferule-artifact/1"
 NOTEBOOKS = {"data": "01_data", "poison": "02_poison", "train": "03_train", "unlearn": "04_unlearn",
-             "evaluate": "05_evaluate", "verdict": "07_verdict", "table": "10_table_main", "figure": "20_figures"}
+             "evaluate": "05_evaluate", "audit": "06_audit", "verdict": "07_verdict", "ope": "14_off_policy",
+             "table": "10_table_main", "figure": "20_figures"}
 LIBRARIES = ("torch", "numpy", "pandas", "h5py", "safetensors", "gymnasium", "bullet-safety-gym", "pybullet", "mujoco",
              "d4rl", "wandb", "triton")
 MAX_MANIFEST = 16 << 20                                   # bytes

@@ -21,7 +21,7 @@ NOT_COUNTED = frozenset({"saferule", "saferule.config", "saferule.errors", "safe
                          "saferule.cli", "saferule.__main__"})
 # These draw, print and mirror what a stage has made: an edit to them redoes tables and figures, but trains nothing again.
 PRESENTATION = frozenset({"saferule.report", "saferule.figures", "saferule.dotplots", "saferule.benchmark", "saferule.sketches",
-                          "saferule.tracking", "saferule.verdict_page"})
+                          "saferule.tracking", "saferule.verdict_page", "saferule.forgetting"})
 
 
 def relative(path: Path) -> str:

@@ -14,7 +14,8 @@ from saferule.sources import NOTEBOOKS, PRESENTATION, REPO, digest, modules_behi
 NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
 NEEDED = {"01_data": {"task"}, "02_poison": {"task", "attack"}, "03_train": {"task", "learner", "attacks", "seeds", "device"},
           "04_unlearn": {"task", "learner", "attacks", "method", "seeds", "device"},
-          "05_evaluate": {"task", "learner", "attacks", "seeds"}, "07_verdict": {"tasks", "learners", "method"}}
+          "05_evaluate": {"task", "learner", "attacks", "seeds"}, "06_audit": {"task", "learner", "device"},
+          "07_verdict": {"tasks", "learners", "method"}}
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
 TARGETS = set(re.search(r"^\.PHONY: (.+)$", (REPO / "Makefile").read_text(), re.M)[1].split())
 
