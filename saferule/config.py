@@ -708,8 +708,8 @@ def resolve(profile: str, stage: str, task: str, learner: str = "bcq_lag", attac
     if stage == "unlearn":
         one_of("method", method, UNLEARNER_NAMES)
         return {"task": task, "learner": learner, "attacks": attacks, "method": method, "seeds": seeds, **plain(method, overrides)}
-    if stage == "evaluate":
-        return {"task": task, "learner": learner, "cost_limit": data["cost_limit"], **plain("evaluate", overrides)}
+    if stage in ("evaluate", "audit"):
+        return {"task": task, "learner": learner, "cost_limit": data["cost_limit"], **plain(stage, overrides)}
     head = {"profile": profile, "note": PROFILES[profile].note}
     if stage == "verdict":
         return {**head, "method": one_of("method", method, UNLEARNER_NAMES), **plain("verdict", overrides)}
