@@ -161,6 +161,13 @@ rule ablation:
     shell: run("13_ablation")
 
 
+rule off_policy:                                           # no profile ends with it: FLAGS=off_policy
+    input: artefacts("evaluate", TASKS, LEARNERS)
+    output: "tables/T_ope.csv", notebook="notebooks/14_off_policy.ipynb"
+    params: settings=resolved("ope"), code=code("14_off_policy")
+    shell: run("14_off_policy")
+
+
 rule figures:
     input: artefacts("evaluate", TASKS, LEARNERS), artefacts("poison", TASKS, ATTACKS)
     output: notebook="notebooks/20_figures.ipynb"

@@ -48,13 +48,14 @@ from saferule.sources import REPO
 
 SCHEMA = "saferule-artifact/1"
 NOTEBOOKS = {"data": "01_data", "poison": "02_poison", "train": "03_train", "unlearn": "04_unlearn",
-             "evaluate": "05_evaluate", "audit": "06_audit", "verdict": "07_verdict", "table": "10_table_main",
-             "figure": "20_figures"}
+             "evaluate": "05_evaluate", "audit": "06_audit", "verdict": "07_verdict", "ope": "14_off_policy",
+             "table": "10_table_main", "figure": "20_figures"}
 LIBRARIES = ("torch", "numpy", "pandas", "h5py", "safetensors", "gymnasium", "bullet-safety-gym", "pybullet", "mujoco",
              "d4rl", "wandb", "triton")
 MAX_MANIFEST = 16 << 20                                   # bytes
 # pandas < 3.1 loses the last bit of some numbers unless asked; later ones do not and warn when asked
 EXACT = {"float_precision": "round_trip"} if tuple(map(int, pd.__version__.split(".")[:2])) < (3, 1) else {}
+IDS = {"artefact": str}                                   # a column of ids: 01234567 and 123e4567 are no numbers
 TEXT, IMAGE = (".md", ".txt", ".jsonl"), (".png", ".svg", ".pdf")
 
 
@@ -77,9 +78,9 @@ class Artifact:
             return safetensors.torch.load(self.read(file))
 
     def table(self, file: str) -> pd.DataFrame:
-        """A .csv file. An empty cell is NaN; every other text, 'none' and 'NA' included, is itself."""
+        """A .csv file. An empty cell is NaN; every other text, 'none' and 'NA' included, is itself, and so are short ids."""
         with _named(self.path / file, _remedy(self.kind)):
-            return pd.read_csv(BytesIO(self.read(file)), keep_default_na=False, na_values=[""], **EXACT)
+            return pd.read_csv(BytesIO(self.read(file)), keep_default_na=False, na_values=[""], dtype=IDS, **EXACT)
 
     def json(self, file: str):
         with _named(self.path / file, _remedy(self.kind)):

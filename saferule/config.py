@@ -490,6 +490,30 @@ class AuditConfig:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class OPEConfig:
+    """Off-policy evaluation by fitted Q evaluation: what a policy earns and costs, from logged rows alone (algorithms.md F)."""
+    finite: bool = True                # the time step is an input and nothing comes after the horizon | off: it goes on for ever
+    gamma: float = 1.0                 # below 1 unless finite
+    members: int = 8                   # of the bootstrap ensemble
+    samples: int = 1                   # actions of the policy at each state
+    steps: int = 3000
+    batch: int = 128
+    hidden: tuple[int, ...] = (64, 64)
+    lr: float = 1e-3
+    tau: float = 0.05                  # Polyak rate of the networks that targets and estimates come from
+    held_out: float = 0.2              # share of the trajectories whose first states the estimates are means over
+    z: float = 1.64                    # half the width of an interval, in standard errors (1.64: 90%)
+    probe: int = 2048                  # rows looked at for the two vetoes:
+    neighbours: int = 5                # off support is an action farther from its nearest rows of other trajectories ...
+    radius: float = 0.99               # ... than this quantile of the data's own; ...
+    off_support: float = 0.2           # ... with more of these a policy is not ranked
+    peak: float = 2.0                  # nor is one with a value this many times as large as any can be
+    candidates: int = 20               # more are not chosen from: the best of many looks better than it is
+    seed: int = 0                      # of folds, bootstraps, weights and draws
+    mode = "default"                   # no setting
+
+
 CURVE = (0, 0.125, 0.25, 0.5, 0.75, 1, 1.5, 2)     # weights are kept at these multiples of the unlearning budget
 LEARNING_CURVE = (0.1, 0.2, 0.4, 0.6, 0.8, 1)      # and at these shares of the training, where a profile asks for it
 
@@ -525,7 +549,7 @@ class VerdictThresholds:
 
 BC_NAMES = tuple("bc_" + select.replace("-", "") for select in BC_SELECTIONS)
 CONFIGS: dict[str, Any] = {                        # name -> defaults
-    "data": DataConfig(), "evaluate": EvaluateConfig(), "audit": AuditConfig(), "thresholds": Thresholds(),
+    "data": DataConfig(), "evaluate": EvaluateConfig(), "ope": OPEConfig(), "audit": AuditConfig(), "thresholds": Thresholds(),
     "verdict": VerdictThresholds(),
     "inject": InjectConfig(), "inject_data": InjectConfig(source="data"), "label_flip": LabelFlipConfig(),
     "label_flip_random": LabelFlipConfig(select="random"), "label_flip_inverse": LabelFlipConfig(inverse=True),
@@ -550,7 +574,7 @@ LEARNER_NAMES = ("bcq_lag", "bear_lag", "cpq", "coptidice", "cdt", *BC_NAMES)
 UNLEARNER_NAMES = ("finetune", "finetune_nstep", "gradient_ascent", "random_relabel", "trajdeleter", "early_saferule",
                    "negative_preference", "saferule")          # 'retrain' is a condition of the training run
 WITH_CRITICS = tuple(name for name in UNLEARNER_NAMES if name != "negative_preference")     # it is for policies by likelihood
-STAGES = ("start", "data", "poison", "train", "unlearn", "evaluate", "audit", "ablation", "table", "verdict", "figures")
+STAGES = ("start", "data", "poison", "train", "unlearn", "evaluate", "ope", "audit", "ablation", "table", "verdict", "figures")
 
 
 @dataclass(frozen=True)
@@ -595,6 +619,7 @@ PROFILES: dict[str, Profile] = {
             "evaluate": {"episodes": 3, "curve_episodes": 1},
             "audit": {"trajectories": 16, "rows": 256, "samples": 4, "copies": 2, "shadow_steps": 30, "published_copies": 2,
                       "relearn_steps": 300, "relearn_rows": 128, "bootstrap": 200},
+            "ope": {"members": 4, "steps": 600, "batch": 64, "hidden": (32, 32), "lr": 3e-3, "tau": 0.2, "probe": 512},
         }),
     "quick": Profile(tasks=("BallCircle",), seeds=(0, 1, 2), methods=WITH_CRITICS),
     "standard": Profile(tasks=("BallRun", "CarRun", "BallCircle", "CarCircle"), seeds=(0, 1, 2), methods=WITH_CRITICS),
@@ -627,6 +652,7 @@ PROFILES: dict[str, Profile] = {
             "evaluate": {"episodes": 20},
             "audit": {"trajectories": 128, "rows": 4096, "samples": 16, "shadow_steps": 5_000, "relearn_steps": 10_000,
                       "relearn_every": 50, "relearn_rows": 1024, "bootstrap": 2_000},
+            "ope": {"samples": 5, "steps": 50_000, "batch": 512, "hidden": (256, 256), "lr": 3e-4, "tau": 0.005},
         }),
 }
 TASK_CONFIG: dict[str, dict[str, dict[str, Any]]] = {          # diffs by task, under those of the profile
@@ -708,7 +734,7 @@ def resolve(profile: str, stage: str, task: str, learner: str = "bcq_lag", attac
     if stage == "unlearn":
         one_of("method", method, UNLEARNER_NAMES)
         return {"task": task, "learner": learner, "attacks": attacks, "method": method, "seeds": seeds, **plain(method, overrides)}
-    if stage in ("evaluate", "audit"):
+    if stage in ("evaluate", "ope", "audit"):
         return {"task": task, "learner": learner, "cost_limit": data["cost_limit"], **plain(stage, overrides)}
     head = {"profile": profile, "note": PROFILES[profile].note}
     if stage == "verdict":

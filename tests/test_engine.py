@@ -22,7 +22,7 @@ LISTS = 'task = "BallRun"\nlearner = "bcq_lag"\nattacks = ""\nmethod = "saferule
 PARAMETERS = {"00_start_here": "", "01_data": 'task = "BallRun"', "02_poison": 'task = "BallRun"\nattack = "inject"',
               "03_train": LISTS, "04_unlearn": LISTS, "05_evaluate": LISTS, "06_audit": LISTS,
               "07_verdict": 'method = "saferule"', "10_table_main": "", "11_learners": 'learners = ""', "12_cost_limits": "",
-              "13_ablation": 'attacks = ""', "20_figures": 'tasks = ""'}
+              "13_ablation": 'attacks = ""', "14_off_policy": 'seeds = ""', "20_figures": 'tasks = ""'}
 
 
 @pytest.fixture
@@ -116,7 +116,8 @@ def test_jobs_of_every_profile(chapters, root, capfd):
         stages = Counter(data=tasks, poison=tasks * len(preset.attacks), train=runs, evaluate=runs,
                          unlearn=runs * len(preset.methods))
         ends = {"00_start_here": "start", "07_verdict-saferule": "verdict", "10_table_main": "table_main", "20_figures": "figures",
-                "11_learners": "table_learners", "12_cost_limits": "cost_limits", "13_ablation": "ablation"}
+                "11_learners": "table_learners", "12_cost_limits": "cost_limits", "13_ablation": "ablation",
+                "14_off_policy": "off_policy"}
         assert planned(capfd, chapters, name) == +stages + Counter(ends[notebook] for notebook in preset.notebooks), name
     assert "learners" in PROFILES and not PROFILES["learners"].attacks
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ SEEN = {                               # audit: of saferule, poisoned, retrain
 FEW = dict(reps=100)
 
 
-def tables(own=OWN, after=AFTER, bad=BAD, gold=GOLD, steps=(4000, 400), attack="inject"):
+def tables(own=OWN, after=AFTER, bad=BAD, gold=GOLD, steps=(4000, 200), attack="inject"):
     final = {(attack, "poisoned"): (steps[0], bad), (attack, "retrain"): (steps[0], gold), (attack, "saferule"): (steps[1], own)}
     tidy = main_table(*evaluation({k: v for k, v in final.items() if v[1]}), 20.0)
     return tidy, later_table(*evaluation({(attack, "saferule"): (2 * steps[1], after)}, stage="later"), 20.0)
@@ -156,7 +157,7 @@ def test_relapse():
     assert document["models"]["repaired"] == 0 and document["result"] == "not measured"
 
 
-@pytest.mark.parametrize("steps, expected", [((4000, 400), "pass"), ((4000, 401), "fail")])
+@pytest.mark.parametrize("steps, expected", [((4000, 200), "pass"), ((4000, 201), "fail")])
 def test_compute(steps, expected):
     found = line(verdict(steps=steps), "compute")
     assert (found["result"], found["value"]) == (expected, pytest.approx(steps[1] / 4000))
@@ -448,7 +449,7 @@ def run(tmp_path, monkeypatch):
 
 def fill(root, own=OWN):
     final = {("none", "clean"): (4000, GOLD), ("inject", "poisoned"): (4000, BAD), ("inject", "retrain"): (4000, GOLD),
-             ("inject", "saferule"): (400, own)}
+             ("inject", "saferule"): (200, own)}
     parts = [evaluation(final, "BallRun"), evaluation({("inject", "saferule"): (800, AFTER)}, "BallRun", "later")]
     episodes, runs = pd.concat([part[0] for part in parts]).assign(cost_limit=20.0), parts[0][1].assign(cost_limit=20.0)
     data = save("data", "BallRun", {"note.md": "d"}, {}, root=root)
@@ -540,6 +541,9 @@ def test_wandb_holds_the_verdict_as_an_artefact(run, monkeypatch):
         track.artifact(load("evaluate", "BallRun-bcq_lag", run), "input")
         track.artifact(made)
     (file,) = (run / "wandb").glob("offline-run-*/run-*.wandb")
+    until = time.monotonic() + 60                                    # wandb's own process writes, and is not done when `finish` is
+    while "exit" not in {r.WhichOneof("record_type") for r in records(file)} and time.monotonic() < until:
+        time.sleep(0.1)
     sent = [r.request.log_artifact.artifact if r.WhichOneof("record_type") == "request" else r.artifact for r in records(file)
             if r.WhichOneof("record_type") in ("request", "artifact")]
     mine = [a for a in sent if a.name == "verdict-saferule"]

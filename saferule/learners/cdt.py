@@ -227,6 +227,10 @@ class Episodes:
         self.past[-1] = (*step[:3], action)
         return action
 
+    def took(self, action: Tensor) -> None:
+        """The last action was not its own but this one, [R, E, n_act]: off-policy evaluation leads it along the data."""
+        self.past[-1] = (*self.past[-1][:3], action)
+
     def observe(self, reward: Tensor, cost: Tensor) -> None:
         """reward, cost [R, E] of the last action, raw: what is still asked for falls by them."""
         self.ret = self.ret - reward / self.learner.reward_scale[:, None]
