@@ -55,6 +55,7 @@ LIBRARIES = ("torch", "numpy", "pandas", "h5py", "safetensors", "gymnasium", "bu
 MAX_MANIFEST = 16 << 20                                   # bytes
 # pandas < 3.1 loses the last bit of some numbers unless asked; later ones do not and warn when asked
 EXACT = {"float_precision": "round_trip"} if tuple(map(int, pd.__version__.split(".")[:2])) < (3, 1) else {}
+IDS = {"artefact": str}                                   # a column of ids: 01234567 and 123e4567 are no numbers
 TEXT, IMAGE = (".md", ".txt", ".jsonl"), (".png", ".svg", ".pdf")
 
 
@@ -77,9 +78,9 @@ class Artifact:
             return safetensors.torch.load(self.read(file))
 
     def table(self, file: str) -> pd.DataFrame:
-        """A .csv file. An empty cell is NaN; every other text, 'none' and 'NA' included, is itself."""
+        """A .csv file. An empty cell is NaN; every other text, 'none' and 'NA' included, is itself, and so are short ids."""
         with _named(self.path / file, _remedy(self.kind)):
-            return pd.read_csv(BytesIO(self.read(file)), keep_default_na=False, na_values=[""], **EXACT)
+            return pd.read_csv(BytesIO(self.read(file)), keep_default_na=False, na_values=[""], dtype=IDS, **EXACT)
 
     def json(self, file: str):
         with _named(self.path / file, _remedy(self.kind)):

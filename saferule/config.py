@@ -734,7 +734,7 @@ def resolve(profile: str, stage: str, task: str, learner: str = "bcq_lag", attac
     if stage == "unlearn":
         one_of("method", method, UNLEARNER_NAMES)
         return {"task": task, "learner": learner, "attacks": attacks, "method": method, "seeds": seeds, **plain(method, overrides)}
-    if stage in ("evaluate", "ope"):
+    if stage in ("evaluate", "ope", "audit"):
         return {"task": task, "learner": learner, "cost_limit": data["cost_limit"], **plain(stage, overrides)}
     head = {"profile": profile, "note": PROFILES[profile].note}
     if stage == "verdict":

@@ -502,3 +502,12 @@ def test_results_dir_does_not_depend_on_the_working_directory(tmp_path, monkeypa
 def test_places_need_no_torch():
     code = "import sys, saferule.files; saferule.files.run_dir('quick'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_an_id_of_digits_stays_an_id(tmp_path):
+    """A short hash may look like a number; read as one it would match no artefact any more."""
+    ids = ["01234567", "123e4567", "12345678"]
+    made = save("evaluate", "x", {"runs.csv": pd.DataFrame({"artefact": ids, "steps": [1, 2, 3]})}, {}, root=tmp_path)
+    table = made.table("runs.csv")
+    assert table.artefact.tolist() == ids and table.steps.tolist() == [1, 2, 3]
+    assert save("evaluate", "y", {"a.csv": pd.DataFrame({"b": [1]})}, {}, root=tmp_path).table("a.csv").b.tolist() == [1]

@@ -124,23 +124,35 @@ def family(shift=0.0, n=8, seed=0, m=200):
     return offset + shift + torch.arange(5.0)
 
 
-def test_one_more_of_a_family_looks_like_it_and_a_stranger_does_not():
-    shadows, mask = family(), torch.ones(200, 5, dtype=torch.bool)
-    agents = torch.stack([family(seed=1)[0], family(shift=20.0, seed=1)[0], family(shift=-20.0, seed=1)[0], shadows.mean(0)])
-    looks = contained.looks_like(agents, shadows, range(8), mask, 0.01).double().mean(1)
-    assert looks[0] > 0.95 and looks[1:3].max() < 0.05
-    assert looks[3] == 1                                                       # nearer than usual is no reason for doubt
+def classes(agents, inside, outside, base_in=None, base_out=None):
+    """Shares of CONTAINED, GONE, NEITHER per agent: [A, 3]."""
+    bases = [range(len(f)) if b is None else b for f, b in ((inside, base_in), (outside, base_out))]
+    found = contained.classify(agents, [inside, outside], bases, torch.ones(inside.shape[1:], dtype=torch.bool), 0.01)
+    return torch.nn.functional.one_hot(found, 3).double().mean(1)
 
 
-def test_the_spread_between_models_counts():
-    """Five models, four nearly equal copies of each: a sixth model is one of them, less so if copies are taken for models."""
-    models, mask = family(n=6, m=2000), torch.ones(2000, 5, dtype=torch.bool)
-    base = [i for i in range(5) for _ in range(4)]
-    copies = models[base] + 0.1 * torch.randn(20, 2000, 1, generator=torch.Generator().manual_seed(3))
-    share = lambda base: float(contained.looks_like(models[5:], copies, base, mask, 0.01).double().mean())
-    assert 0.9 < share(base) and share(range(20)) < share(base) - 0.02
-    alone = contained.looks_like(models[1:2], copies[:4], [0] * 4, mask, 0.01)  # one model only: its copies are all there is
-    assert alone.double().mean() < 0.4
+def test_one_more_of_a_family_belongs_to_it_and_a_stranger_to_neither():
+    inside, outside = family(seed=2), family(shift=20.0, seed=3)
+    agents = [family(seed=1)[0], family(shift=20.0, seed=1)[0], family(shift=-20.0, seed=1)[0], family(shift=10.0, seed=1)[0],
+              inside.mean(0)]
+    share = classes(torch.stack(agents), inside, outside)
+    assert share[0, contained.CONTAINED] > 0.95 and share[1, contained.GONE] > 0.95
+    assert share[2:4, contained.NEITHER].min() > 0.95                          # beyond, and half way
+    assert share[4, contained.CONTAINED] == 1                                  # nearer than usual is no reason for doubt
+
+
+def test_models_are_counted_and_not_their_copies():
+    """Two models per family, four nearly equal copies of each: a third model is one of them almost as often as 0.99 says."""
+    base, draw = [i for i in range(2) for _ in range(4)], torch.Generator().manual_seed(3)
+    copied = lambda models: models[base] + 0.3 * torch.randn(8, 2000, 1, generator=draw)
+    models, others = family(n=3, m=2000), family(shift=1000.0, n=2, m=2000, seed=5)
+    inside, outside = copied(models), copied(others)
+    share = lambda *bases: float(classes(models[2:], inside, outside, *bases)[0, contained.CONTAINED])
+    assert share(base, base) > 0.93 > 0.9 > share(range(8), range(8))          # copies taken for models: a third looks strange
+    own = contained.own_distances(inside, torch.tensor(base), torch.ones(2000, 5, dtype=torch.bool))
+    assert own.mean() == pytest.approx(float((models[0] - models[1]).abs().mean()), rel=0.1)      # from the other model
+    alone = contained.own_distances(inside[:4], torch.zeros(4), torch.ones(2000, 5, dtype=torch.bool))
+    assert alone.mean() < 0.4                                                  # of one model, copies are all there is
 
 
 def test_what_is_published_calls_the_nearest_forgotten():
@@ -148,8 +160,8 @@ def test_what_is_published_calls_the_nearest_forgotten():
     verdict = contained.looks_contained_as_published(shadows.mean(0), shadows, mask, 1e-4)
     assert verdict.double().mean() < 0.75                                      # the family's own mean is an 'outlier'
     one_more = contained.looks_contained_as_published(family(seed=1)[0], shadows, mask, 1e-4)
-    corrected = contained.looks_like(family(seed=1)[:1], shadows, range(20), mask, 0.01)
-    assert one_more.double().mean() < 0.9 < corrected.double().mean()          # 'forgotten' is over-declared
+    corrected = classes(family(seed=1)[:1], shadows, family(shift=1000.0, n=20, seed=4))[0, contained.CONTAINED]
+    assert one_more.double().mean() < 0.9 < corrected                          # 'forgotten' is over-declared
 
 
 # --------------------------------------------------------------------------------------------------------------- relearn
@@ -285,8 +297,9 @@ def test_a_model_that_is_poisoned_or_retrained_looks_it(known):
     found, value = known
     for name in ("contained_q", "contained_c"):
         assert value[name, "finetune"].mean() > 0.7 and value[name, "saferule"].max() < 0.1
-    out = found.outcomes.set_index(["audit", "method"]).out
-    assert out["contained_q", "saferule"].mean() > 0.7 and out["contained_q", "finetune"].max() < 0.1
+    gone = found.outcomes.set_index(["audit", "method"]).sort_index().gone
+    assert gone["contained_q", "saferule"].mean() > 0.7 and gone["contained_q", "finetune"].max() < 0.1
+    assert np.allclose(found.outcomes[["contained", "gone", "neither"]].sum(axis=1), 1)
     for seed, twin in ((0, 1), (1, 2), (2, 0)):
         for name in ("mia_q", "mia_c", "distance_action", "distance_q", "closure_c", "relearn"):
             if name != "relearn":                                              # trained side by side with other noise

@@ -489,15 +489,20 @@ def test_every_parameter_of_ours_is_one_of_theirs():
 
 
 def test_three_updates_agree_with_osrl():
-    """Losses, temperature, and sum and sum of squares of every parameter, to 1e-5 in float32; recorded without dropout."""
-    learner = recorded_learner()
+    """Losses, temperature, and sum and sum of squares of every parameter, to 1e-5 in float32; recorded without dropout.
+
+    A softmax does not see the keys' bias: its gradient is rounding, which Adam makes steps of up to the learning rate of. Where it
+    walks depends on the processor, so a third of each in_proj_bias may be that far from the recorded walk, on each side.
+    """
+    learner, z = recorded_learner(), RECORDED["settings"]
     for t, recorded in enumerate(RECORDED["steps"]):
         out = learner.update(numbered(t), t)
         for name in set(recorded) - {"parameters"}:
             assert out[name].item() == pytest.approx(recorded[name], abs=1e-5, rel=1e-5), (t, name)
         ours = golden.checksums(views(learner))
         for name, sums in recorded["parameters"].items():
-            assert ours[name] == pytest.approx(sums, abs=1e-5, rel=1e-5), (t, name)
+            walk = 2 * z["width"] * (t + 1) * learner.cfg.lr if name.endswith("attention.in_proj_bias") else 0.0
+            assert ours[name] == pytest.approx(sums, abs=1e-5 + walk, rel=1e-5), (t, name)
 
 
 def test_the_default_mode_differs_from_osrl():

@@ -243,10 +243,12 @@ def test_a_setting_reaches_only_the_stages_that_use_it():
 
 
 def test_every_profile_resolves():
+    """And no method takes more of the training than the claims allow; smoke runs may, and say that they are no result."""
     for name, profile in settings.PROFILES.items():
+        share = 0.1 if profile.note else settings.Thresholds().share_of_training_steps
         for task in profile.tasks:
             for learner in profile.learners:
                 cfg = settings.resolve(name, "train", task, learner, profile.attacks, seeds=profile.seeds)
                 for method in profile.methods:
                     budget = settings.resolve(name, "unlearn", task, learner, profile.attacks, method, profile.seeds)
-                    assert budget["steps"] <= settings.Thresholds().share_of_training_steps * cfg["steps"]
+                    assert budget["steps"] <= share * cfg["steps"]

@@ -29,8 +29,9 @@ def test_every_method_has_a_name_a_colour_and_a_marker_of_its_own():
     assert len(set(MARKERS.values())) == len(MARKERS) == len(METHODS)
 
 
-def test_profiles_run_the_methods_of_their_tables_until_they_are_widened():
-    assert PROFILES["quick"].methods == ("finetune", "finetune_nstep", "gradient_ascent", "saferule")
+def test_quick_and_standard_compare_every_method_that_works_on_critics():
+    for profile in ("quick", "standard"):
+        assert PROFILES[profile].methods == tuple(m for m in UNLEARNER_NAMES if not missing_losses(m, LEARNERS["bcq_lag"]))
 
 
 def test_a_method_is_refused_by_learners_that_lack_what_it_needs():

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
@@ -540,6 +541,9 @@ def test_wandb_holds_the_verdict_as_an_artefact(run, monkeypatch):
         track.artifact(load("evaluate", "BallRun-bcq_lag", run), "input")
         track.artifact(made)
     (file,) = (run / "wandb").glob("offline-run-*/run-*.wandb")
+    until = time.monotonic() + 60                                    # wandb's own process writes, and is not done when `finish` is
+    while "exit" not in {r.WhichOneof("record_type") for r in records(file)} and time.monotonic() < until:
+        time.sleep(0.1)
     sent = [r.request.log_artifact.artifact if r.WhichOneof("record_type") == "request" else r.artifact for r in records(file)
             if r.WhichOneof("record_type") in ("request", "artifact")]
     mine = [a for a in sent if a.name == "verdict-saferule"]

@@ -43,7 +43,7 @@ class HeldOut(NamedTuple):
 
 class Findings(NamedTuple):
     audits: pd.DataFrame               # COLUMNS but task and learner
-    outcomes: pd.DataFrame             # of the corrected TrajAuditor: shares of trajectories that look IN, OUT, both, neither
+    outcomes: pd.DataFrame             # of the corrected TrajAuditor: shares of trajectories contained, gone, neither
     relearning: pd.DataFrame           # curves: attack, method, seed, cost_limit, step, share
     notes: tuple[str, ...]             # what could not be audited, and why; how alike members and non-members are
 
@@ -157,14 +157,15 @@ def audit_contained(log: _Log, models: Learner, lines: Sequence[Mapping[str, Any
     reference = torch.stack([vector(judge, theirs[j], noise()) for j in known])
     seed_of = [origin[base[j]]["seed"] for j in known]
     for seed in dict.fromkeys(line["seed"] for line in lines):
-        mine, looks = [a for a, line in enumerate(lines) if line["seed"] == seed], {}
-        for kind in ("in", "out"):
-            use = [k for k, j in enumerate(known) if family[j] == kind and seed_of[k] != seed]
-            for c in range(2) if len(use) > 1 else ():
-                looks[kind, c] = contained.looks_like(vectors[mine, c], reference[use, c], [base[known[k]] for k in use], mask,
-                                                      cfg.alpha)
-        for c, name in enumerate(("contained_q", "contained_c") if len(looks) == 4 else ()):
-            _outcomes(log, [lines[a] for a in mine], name, looks["in", c], looks["out", c], cfg)
+        mine = [a for a, line in enumerate(lines) if line["seed"] == seed]
+        use = [[k for k, j in enumerate(known) if family[j] == kind and seed_of[k] != seed] for kind in ("in", "out")]
+        for c, name in enumerate(("contained_q", "contained_c") if min(map(len, use)) > 1 else ()):
+            found = contained.classify(vectors[mine, c], [reference[u, c] for u in use], [[base[known[k]] for k in u] for u in use],
+                                       mask, cfg.alpha)
+            for a, verdict in zip(mine, found):
+                _share(log, lines[a], name, verdict == contained.CONTAINED, cfg)
+                shares = {k: float((verdict == v).double().mean()) for v, k in enumerate(("contained", "gone", "neither"))}
+                log.outcomes.append({**_key(lines[a]), "audit": name, **shares, "n": len(verdict)})
     if len(set(seed_of)) < 3:
         log.notes.append(f"{lines[0]['attack']}: {len(set(seed_of))} training seed(s); the corrected TrajAuditor wants two besides "
                          f"the audited model's own, to know the spread between seeds.")
@@ -177,16 +178,6 @@ def audit_contained(log: _Log, models: Learner, lines: Sequence[Mapping[str, Any
             verdict = contained.looks_contained_as_published(vector(models.pick([a]), done[a], rough())[0], passes, mask,
                                                              cfg.published_alpha)
             _share(log, lines[a], "contained_published", verdict, cfg)
-
-
-def _outcomes(log: _Log, lines: Sequence[Mapping[str, Any]], name: str, looks_in: Tensor, looks_out: Tensor,
-              cfg: AuditConfig) -> None:
-    """`contained_*` of some models, and how often they look like either family: bool [A, m] each."""
-    for line, inside, outside in zip(lines, looks_in, looks_out):
-        _share(log, line, name, inside & ~outside, cfg)
-        shares = {"in": inside & ~outside, "out": outside & ~inside, "both": inside & outside, "neither": ~(inside | outside)}
-        shares = {k: float(v.double().mean()) for k, v in shares.items()}
-        log.outcomes.append({**_key(line), "audit": name, **shares, "n": len(inside)})
 
 
 def _share(log: _Log, line: Mapping[str, Any], name: str, yes: Tensor, cfg: AuditConfig) -> None:

@@ -9,10 +9,11 @@ Published   `looks_contained_as_published` keeps what its code does: a cut that 
 Corrected   (ours) 1. one judge for all: the mean of the critics of the poisoned models of every seed (no policy is judged by what
             it alone has maximised); reward and cost critics alike
             2. two families of shadows, fine-tuned copies: IN of models that were trained with the trajectories, OUT of models that
-            never saw them. Contained: looks IN and not OUT
+            never saw them. Contained: nearer to IN, and no further from it than its members would be; gone: the same of OUT
             3. the models of the audited one's own seed are in neither family, and a shadow is compared with those of other models:
             the spread between training seeds counts, for the audited model and the shadows in the same way
-            4. the upper end of a prediction interval: nearer than usual is no reason for doubt
+            4. a prediction interval that counts models, not their copies, and takes the spread from both families: two or three
+            models are too few to know it of each. Its upper end only: nearer than usual is no reason for doubt
 Shapes      m trajectories, T rows, n shadows, A agents; a value vector is [m, T]
 """
 from __future__ import annotations
@@ -48,22 +49,29 @@ def value_vectors(judge: Learner, pool: Pool, along: Trajectories, action: Tenso
     return accumulate(torch.stack([q, qc]) * along.mask, judge.cfg.gamma, window)
 
 
-def looks_like(vectors: Tensor, shadows: Tensor, base: Sequence[int], mask: Tensor, alpha: float) -> Tensor:
-    """Is each of A agents no further from a family than its members are? vectors [A, m, T], shadows [n, m, T] -> bool [A, m].
+CONTAINED, GONE, NEITHER = range(3)
 
-    base: which model each shadow is a copy of. A shadow is compared with the mean of the other models' shadows (of the other
-    shadows, if all are copies of one model), an agent with the mean of all; an agent is out if its Wasserstein distance exceeds the
-    1 - alpha prediction interval of the shadows'.
+
+def own_distances(shadows: Tensor, base: Tensor, mask: Tensor) -> Tensor:
+    """Of each shadow [n, m, T] from the mean of the other models' shadows (of the others, if all are of one model): [n, m]."""
+    alone, at = len(base.unique()) == 1, torch.arange(len(base))
+    others = [at != i if alone else base != base[i] for i in at]
+    return torch.stack([wasserstein(shadows[o].mean(0), shadow, mask) for o, shadow in zip(others, shadows)])
+
+
+def classify(vectors: Tensor, families: Sequence[Tensor], base: Sequence[Sequence[int]], mask: Tensor, alpha: float) -> Tensor:
+    """CONTAINED, GONE or NEITHER for each of A agents and m trajectories: vectors [A, m, T] -> [A, m].
+
+    families: shadows [n, m, T] of IN and of OUT; base: which model each is a copy of. A vector belongs to the family whose mean is
+    nearer by Wasserstein distance, if that distance does not exceed the 1 - alpha prediction interval of the shadows' own.
     """
-    base, n = torch.as_tensor(list(base)), len(shadows)
-    alone = len(base.unique()) == 1
-    mine = []
-    for i in range(n):
-        others = torch.arange(n) != i if alone else base != base[i]
-        mine.append(wasserstein(shadows[others].mean(0), shadows[i], mask))
-    mine = torch.stack(mine)                                                           # [n, m]
-    distance = wasserstein(vectors, shadows.mean(0), mask)                             # [A, m]
-    return distance <= mine.mean(0) + prediction_cut(n, alpha) * mine.std(0)
+    base = [torch.as_tensor(list(b)) for b in base]
+    own = torch.cat([own_distances(f, b, mask) for f, b in zip(families, base)])                    # [n_in + n_out, m]
+    models = [len(b.unique()) for b in base]
+    n = sum(models) if min(models) > 1 else len(own)                                   # of one model, copies are all there is
+    limit = own.mean(0) + prediction_cut(n, alpha) * own.std(0)
+    distance = torch.stack([wasserstein(vectors, f.mean(0), mask) for f in families])               # [2, A, m]
+    return torch.where(distance.amin(0) <= limit, distance.argmin(0), NEITHER)
 
 
 def looks_contained_as_published(vector: Tensor, shadows: Tensor, mask: Tensor, alpha: float) -> Tensor:
