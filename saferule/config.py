@@ -497,8 +497,8 @@ class OPEConfig:
     gamma: float = 1.0                 # below 1 unless finite
     members: int = 8                   # of the bootstrap ensemble
     samples: int = 1                   # actions of the policy at each state
-    steps: int = 3000
-    batch: int = 128
+    sweeps: float = 1.0                # gradient steps: sweeps x horizon / tau, so that what happens last is heard of first
+    batch: int = 64
     hidden: tuple[int, ...] = (64, 64)
     lr: float = 1e-3
     tau: float = 0.05                  # Polyak rate of the networks that targets and estimates come from
@@ -619,7 +619,7 @@ PROFILES: dict[str, Profile] = {
             "evaluate": {"episodes": 3, "curve_episodes": 1},
             "audit": {"trajectories": 16, "rows": 256, "samples": 4, "copies": 2, "shadow_steps": 30, "published_copies": 2,
                       "relearn_steps": 300, "relearn_rows": 128, "bootstrap": 200},
-            "ope": {"members": 4, "steps": 600, "batch": 64, "hidden": (32, 32), "lr": 3e-3, "tau": 0.2, "probe": 512},
+            "ope": {"members": 4, "hidden": (32, 32), "lr": 3e-3, "tau": 0.2, "probe": 512},
         }),
     "quick": Profile(tasks=("BallCircle",), seeds=(0, 1, 2), methods=WITH_CRITICS),
     "standard": Profile(tasks=("BallRun", "CarRun", "BallCircle", "CarCircle"), seeds=(0, 1, 2), methods=WITH_CRITICS),
@@ -652,7 +652,7 @@ PROFILES: dict[str, Profile] = {
             "evaluate": {"episodes": 20},
             "audit": {"trajectories": 128, "rows": 4096, "samples": 16, "shadow_steps": 5_000, "relearn_steps": 10_000,
                       "relearn_every": 50, "relearn_rows": 1024, "bootstrap": 2_000},
-            "ope": {"samples": 5, "steps": 50_000, "batch": 512, "hidden": (256, 256), "lr": 3e-4, "tau": 0.005},
+            "ope": {"samples": 5, "batch": 512, "hidden": (256, 256), "lr": 3e-4, "tau": 0.005},
         }),
 }
 TASK_CONFIG: dict[str, dict[str, dict[str, Any]]] = {          # diffs by task, under those of the profile

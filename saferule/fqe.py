@@ -53,6 +53,11 @@ def steps_left(t: Tensor, horizon: int, cfg: OPEConfig) -> Tensor:
     return left if cfg.gamma == 1 else (1 - cfg.gamma**left) / (1 - cfg.gamma)
 
 
+def gradient_steps(horizon: int, cfg: OPEConfig) -> int:
+    """How many: news travels back tau of a step per update, and has the whole horizon (3 / (1 - g) where there is none) to go."""
+    return max(round(cfg.sweeps * (horizon if cfg.finite else 3 / (1 - cfg.gamma)) / cfg.tau), 1)
+
+
 class FQE(Learner):
     """M members for each of R policies and both signals, as one learner: `train.fit` trains it."""
     LOSSES = "reward", "cost"
@@ -62,7 +67,7 @@ class FQE(Learner):
         R = len(ranges)
         super().__init__(cfg, units, torch.zeros(R), [seed] * R, n_act, horizon)
         for i, name in enumerate(self.LOSSES):
-            gens = [torch.Generator().manual_seed(seed + i) for _ in range(R)]         # the same members for every policy
+            gens = [torch.Generator().manual_seed(seed + 100 + i) for _ in range(R)]         # the same members for every policy
             net = MLP(gens, self.n_obs + cfg.finite + n_act, cfg.hidden, 1, members=cfg.members)
             for value in net.layers[-1].parameters():
                 torch.nn.init.zeros_(value)
@@ -150,7 +155,7 @@ class Replay:
 def bootstrap_weights(pool: Pool, members: int, seed: int) -> Tensor:
     """How often each trajectory counts for each member: Poisson(1), int64 [M, trajectories]."""
     mean = torch.ones(members, int(pool.episode.max()) + 1)
-    return torch.poisson(mean, generator=torch.Generator().manual_seed(seed)).long().to(pool.obs.device)
+    return torch.poisson(mean, generator=torch.Generator().manual_seed(seed + 1)).long().to(pool.obs.device)
 
 
 def repeated(times: Tensor) -> Tensor:

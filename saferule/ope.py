@@ -4,7 +4,8 @@ Method      Fitted Q evaluation (fqe.py) of every policy on retained rows, never
             itself. Some trajectories are fitted; the estimate is a mean over the first states of the others. Each member of the
             ensemble has its own bootstrap of the trajectories; the spread of the members is the standard error
 Choice      `select`: the best lower bound of the return among those whose upper bound of the cost keeps the limit (F.2)
-Not seen    errors that all members share: the data's gaps, and what so small networks cannot resolve. 14_off_policy measures them
+Not seen    errors that all members share: the data's gaps, what so small networks cannot resolve, and the draw of
+            the K actions, which is done once. 14_off_policy measures what that comes to
 Shapes      R policies (replicas), M members, K actions per state, n rows, n0 first states, T steps of an episode
 """
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .attacks.trigger import Trigger
 from .config import OPEConfig
 from .data import Pool, Rows, Units, measure_units
 from .errors import UserError
-from .fqe import FQE, Part, Replay, bootstrap_weights, stacked
+from .fqe import FQE, Part, Replay, bootstrap_weights, gradient_steps, stacked
 from .train import History, Resume, fit
 
 CHUNK = 8192                           # states that a policy is asked about at once
@@ -79,7 +80,7 @@ def decide(policy: Any, pool: Pool, part: Part, samples: int, seed: int, trigger
 
     trigger: the policy sees it, F does not: where it is shown at all, the world is not another one.
     """
-    generator = torch.Generator(pool.obs.device).manual_seed(seed)
+    generator = torch.Generator(pool.obs.device).manual_seed(seed + 2)
 
     def ask(obs: Tensor, t: Tensor) -> Tensor:
         if trigger is not None:
@@ -126,8 +127,8 @@ def off_support(pool: Pool, part: Part, following: Tensor, cfg: OPEConfig, seed:
     The distance of (s, a), standardised, is that to its `neighbours`-th nearest row of other trajectories, among a sample; the
     radius is the `radius`-quantile of the data's own distances. following [n, K, n_act]: the first of the K is looked at.
     """
-    some = lambda n, more: torch.randperm(n, generator=torch.Generator().manual_seed(seed + more))[:cfg.probe].to(following.device)
-    at, refs = some(len(part.fit), 0), part.fit[some(len(part.fit), 1)]
+    some = lambda key: torch.randperm(len(part.fit), generator=torch.Generator().manual_seed(key))[:cfg.probe].to(following.device)
+    at, refs = some(seed + 4), part.fit[some(seed + 5)]
     scale = [(x.mean(0), x.std(0).clamp(min=1e-3)) for x in (pool.obs[part.fit], pool.action[part.fit])]
     joint = lambda obs, action: torch.cat([(x - m) / s for x, (m, s) in zip((obs, action), scale)], -1)
     rows = part.fit[at]
@@ -195,13 +196,14 @@ def fqe(policy: Any, pool: Pool, rows: Sequence[Rows], horizon: int, cfg: OPECon
     done = [decide(policy.pick([r]) if policy.replicas > 1 else policy, pool, parts[r], cfg.samples, seed, trigger)
             for r, trigger in zip(progress(range(len(parts)), "policies act"), [*triggers] or [None] * len(parts))]
     following, first = zip(*done)
-    replay, stream = Replay(pool, parts, following, model, seed), torch.Generator(pool.obs.device).manual_seed(seed)
+    replay, stream = Replay(pool, parts, following, model, seed), torch.Generator(pool.obs.device).manual_seed(seed + 3)
+    steps = gradient_steps(horizon, cfg)
     kept: dict[int, dict[str, Tensor]] = {}
     look = lambda t: lambda: kept.__setitem__(t, at_starts(model, pool, parts, first, seed))
-    history = fit(lambda t: model.update(replay.sample(stream), t), cfg.steps, model, [stream], log_every=max(cfg.steps // 40, 1),
-                  snapshots={t: look(t) for t in (cfg.steps // 2, cfg.steps)}, kept=kept, resume=resume, on_log=on_log,
+    history = fit(lambda t: model.update(replay.sample(stream), t), steps, model, [stream], log_every=max(steps // 40, 1),
+                  snapshots={t: look(t) for t in (steps // 2, steps)}, kept=kept, resume=resume, on_log=on_log,
                   progress=lambda steps: progress(steps, "fitted Q evaluation"))
-    half, end = kept[cfg.steps // 2], kept[cfg.steps]
+    half, end = kept[steps // 2], kept[steps]
     strange = torch.stack([off_support(pool, p, f, cfg, seed) for p, f in zip(parts, following)])
     largest = peak(model, pool, parts, following)
     return Estimates(end["reward"], end["cost"], half["reward"], half["cost"], largest, strange, history,

@@ -16,12 +16,12 @@ from saferule.attacks.trigger import Trigger
 from saferule.config import InjectConfig, OPEConfig
 from saferule.data import Pool, Rows
 from saferule.errors import UserError
-from saferule.fqe import Part, Replay, bootstrap_weights, steps_left
+from saferule.fqe import Part, Replay, bootstrap_weights, gradient_steps, steps_left
 from saferule.learners import discounted_limit
 from saferule.ope import Logged, decide, divide, fqe, off_support, select
 from saferule.train import Resume
 
-SMALL = OPEConfig(members=3, steps=40, batch=16, hidden=(16,), probe=64)
+SMALL = OPEConfig(members=3, sweeps=0.8, tau=0.5, batch=16, hidden=(16,), probe=64)          # 40 steps at T = 25
 
 
 class Random:
@@ -67,12 +67,12 @@ def everything(pool):
 
 
 # ------------------------------------------------------------------------------------------------------ hand cases
-HAND = OPEConfig(members=2, steps=300, batch=16, hidden=(16,), lr=5e-3, tau=0.2, held_out=0.5)
+HAND = OPEConfig(members=2, sweeps=6, batch=16, hidden=(16,), lr=5e-3, tau=0.2, held_out=0.5)
 
 
 def test_self_loop_by_hand():
     """F(s1) = 5 and F(s0) = 5.5 at g = 0.9; in episode units (1 - g) V T."""
-    pool, cfg, T = loop(), replace(HAND, finite=False, gamma=0.9), 10
+    pool, cfg, T = loop(), replace(HAND, finite=False, gamma=0.9, sweeps=2), 10
     found = fqe(Random([1.0]), pool, [everything(pool)], T, cfg)
     assert found.cost.flatten().tolist() == pytest.approx([5.5 * 0.1 * T] * 2, rel=0.01)
     assert found.ret.flatten().tolist() == pytest.approx([(2 * 5.5 + 10) * 0.1 * T] * 2, rel=0.01)  # r = 2 c + 1
@@ -92,7 +92,7 @@ def test_ten_steps_by_hand(gamma, value):
 def test_terminal_rows_are_followed_by_nothing():
     """s0 -> s1 -> end, cost 1 each: 1 + g = 1.9, and 2 in ten steps without discount."""
     pool = pool_of([[0, 1, 1]] * 20, [[1, 1]] * 20, [[1, 1]] * 20, 2, terminal=True)
-    cost = fqe(Random([1.0]), pool, [everything(pool)], 10, replace(HAND, finite=False, gamma=0.9)).cost
+    cost = fqe(Random([1.0]), pool, [everything(pool)], 10, replace(HAND, finite=False, gamma=0.9, sweeps=2)).cost
     assert cost.flatten().tolist() == pytest.approx([1.9 * 0.1 * 10] * 2, rel=0.01)
     cost = fqe(Random([1.0]), pool, [everything(pool)], 10, HAND).cost
     assert cost.flatten().tolist() == pytest.approx([2.0] * 2, rel=0.01)
@@ -103,7 +103,7 @@ def test_constant_rate_meets_the_limit_exactly(finite, gamma):
     """At a cost of l / T per step the estimate is l, and V_C is l / ((1 - g) T), the infinite-horizon limit."""
     limit, T, pool = 5.0, 25, make_pool(horizon=25)
     pool.columns["cost"] = torch.full((len(pool),), limit / T)
-    cfg = replace(SMALL, finite=finite, gamma=gamma)
+    cfg = replace(SMALL, finite=finite, gamma=gamma, sweeps=0.05)
     cost = fqe(Random([0.5]), pool, [everything(pool)], T, cfg).cost
     assert torch.allclose(cost, torch.tensor(limit), rtol=1e-5)
     if not finite:
@@ -116,6 +116,8 @@ def test_steps_left_by_hand():
     assert steps_left(t, 10, OPEConfig()).tolist() == [10, 2, 1, 0]
     assert steps_left(t, 10, OPEConfig(gamma=0.5)).tolist() == pytest.approx([2 * (1 - 0.5**10), 1.5, 1, 0])
     assert steps_left(t, 10, OPEConfig(finite=False, gamma=0.9)).tolist() == pytest.approx([10] * 4)
+    assert gradient_steps(200, OPEConfig(tau=0.05, sweeps=1.5)) == 6000        # 200 / 0.05 = 4000, one and a half times
+    assert gradient_steps(200, OPEConfig(tau=0.05, finite=False, gamma=0.99)) == 6000        # 3 / 0.01 / 0.05
 
 
 # ----------------------------------------------------------------------------------------------- problems of known value
@@ -142,10 +144,10 @@ def chain_cost(up, L=8):
 
 def test_chain_of_known_value():
     """Stochastic policies on a coin's data: near the exact cost, in the right order, intervals about as wide as the errors."""
-    pool, ups = chain(), [0.2, 0.5, 0.9]
+    pool, ups = chain(episodes=300), [0.2, 0.5, 0.9]
     truth = np.array([chain_cost(up) for up in ups])
     assert (np.diff(truth) > 1).all()
-    cfg = OPEConfig(members=4, steps=500, batch=64, hidden=(32,), lr=5e-3, tau=0.2, samples=2)
+    cfg = OPEConfig(members=6, sweeps=12, batch=64, hidden=(32,), lr=5e-3, tau=0.2, samples=8)
     frame = fqe(Random(ups), pool, [everything(pool)] * 3, 8, cfg).frame(1.64)
     assert frame.cost.to_numpy() == pytest.approx(truth, abs=0.25)
     assert frame.ret.to_numpy() == pytest.approx(2 * truth + 8, abs=0.5)
@@ -155,7 +157,7 @@ def test_chain_of_known_value():
 
 def test_the_logged_policy_has_the_mean_of_the_log():
     pool = chain(episodes=300)
-    cfg = OPEConfig(members=4, steps=300, batch=64, hidden=(32,), lr=5e-3, tau=0.2)
+    cfg = OPEConfig(members=4, sweeps=8, batch=64, hidden=(32,), lr=5e-3, tau=0.2)
     frame = fqe(Logged(), pool, [everything(pool)], 8, cfg).frame(1.64)
     truth = pool.episodes("clean").cost.mean()
     assert abs(frame.cost[0] - truth) < 0.2 and truth == pytest.approx(chain_cost(0.5), abs=0.3)
@@ -175,7 +177,7 @@ def test_bootstrap_draws_whole_trajectories():
     assert weights.shape == (3, 30) and not torch.equal(weights[0], weights[1])
     many = bootstrap_weights(pool, 2000, seed=0).double()
     assert many.mean().item() == pytest.approx(1, abs=0.02) and many.var().item() == pytest.approx(1, abs=0.05)  # Poisson(1)
-    model = fqe(Random([0.5]), pool, [everything(pool)], 5, replace(SMALL, steps=2), seed=1).model
+    model = fqe(Random([0.5]), pool, [everything(pool)], 5, replace(SMALL, sweeps=0.2), seed=1).model
     replay = Replay(pool, [part], [pool.action[part.fit][:, None]], model, seed=1)
     for m in range(3):
         drawn = replay.drawn[replay.offset[0, m, 0]:][:replay.count[0, m, 0]]
@@ -186,7 +188,7 @@ def test_bootstrap_draws_whole_trajectories():
 def test_batches_hold_the_members_own_rows():
     """obs, action and reward of one row stay together, and so does the policy's action at its next state."""
     pool = make_pool(episodes=12, horizon=5)
-    rows, cfg = everything(pool), replace(SMALL, steps=2, samples=2)
+    rows, cfg = everything(pool), replace(SMALL, sweeps=0.2, samples=2)
     model = fqe(Random([0.5]), pool, [rows], 5, cfg).model
     part = divide(pool, rows, cfg.held_out, 0)
     following = torch.stack([pool.next_obs[part.fit, :2], pool.next_obs[part.fit, 2:]], 1)  # [n, K, n_act]

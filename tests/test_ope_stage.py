@@ -15,7 +15,7 @@ from saferule.tasks import get_task
 
 TASK, ATTACKS, SEEDS = get_task("BallRun"), ("inject_data", "marker"), (0, 1)
 TRAINED = {"steps": 12, "vae_steps": 4, "batch": 16, "hidden": [8], "vae_hidden": 8}
-TINY = {"members": 2, "steps": 6, "batch": 8, "hidden": [8], "probe": 32}
+TINY = {"members": 2, "sweeps": 0.03, "tau": 0.5, "batch": 8, "hidden": [8], "probe": 32}
 
 
 @pytest.fixture(scope="module")
