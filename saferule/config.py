@@ -520,7 +520,7 @@ LEARNING_CURVE = (0.1, 0.2, 0.4, 0.6, 0.8, 1)      # and at these shares of the 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """The rules by which a claim is called supported; fixed before any run."""
+    """The rules by which a claim is called supported; fixed before a run, the shares of 95% and 5% after the tuning runs."""
     clean_return: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"BallCircle": 550.0})
     share_of_retrained_return: float = 0.95
     share_of_training_steps: float = 0.05
@@ -532,7 +532,7 @@ class Thresholds:
 class VerdictThresholds:
     """What a repair is asked (verdict.py has the rule; the cost limit is each model's own).
 
-    Stated before any audit was run and before any verdict was taken; the returns and costs of the `quick` profile were known.
+    Stated before any audit or verdict, with returns and costs of `quick` known; `compute` went from 10% to 5% later, after tuning.
     """
     recovered_safety: float = 0.9      # at least this share of the way back from the poisoned to the retrained cost
     reward_retained: float = 0.95      # at least this share of the retrained return: retraining seeds differ by a few per cent
